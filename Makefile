@@ -1,0 +1,38 @@
+# Two commands on a fresh machine with Python 3.12: `make quickstart` and `make test`.
+# Everything goes into .venv; another interpreter: `make test PYTHON=/path/to/python3.12`.
+
+PYTHON ?= $(shell for p in python3.12 python3.13 python3 "$$(pyenv prefix 2>/dev/null)/bin/python3"; do \
+	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && echo "$$p" && break; done)
+ZOO = .venv/bin/zoo
+READY = .venv/.ready
+
+.PHONY: quickstart test lint bench pins clean
+
+quickstart: $(READY)  ## train five families and attention on one task, and put them side by side
+	$(ZOO) compare quickstart
+
+test: $(READY)  ## the whole test suite
+	.venv/bin/python -m pytest -n 2
+
+lint: $(READY)  ## style, formatting, types
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+bench: $(READY)  ## speed and memory of every layer, written to experiments/results
+	.venv/bin/python -m experiments.bench layers
+
+$(READY): constraints.txt pyproject.toml
+	@test -n "$(PYTHON)" || { echo "make: Python 3.12 or newer is needed; name it with PYTHON=..."; exit 1; }
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --require-hashes -r constraints.txt
+	.venv/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $(READY)
+
+pins:  ## renew constraints.txt from pyproject.toml (needs pip-tools)
+	pip-compile --quiet --upgrade --extra test --extra lint --build-deps-for editable --generate-hashes \
+		--allow-unsafe --strip-extras --no-header --no-annotate --no-emit-index-url --no-emit-find-links \
+		--no-emit-trusted-host --output-file constraints.txt pyproject.toml
+
+clean:
+	rm -rf .venv build *.egg-info

@@ -1,0 +1,208 @@
+"""The `zoo` command: list, train, compare, eval, generate.
+
+Every error of the user's making is one line on standard error and exit status 2; nothing is overwritten.
+"""
+
+import argparse
+import importlib.metadata
+import os
+import sys
+import traceback
+from pathlib import Path
+
+
+def _prepare_environment() -> None:
+    """What must be set before jax is imported."""
+    # jax 0.11 can deadlock on few cores when one program runs several FFTs; more pool threads avoid it.
+    if importlib.metadata.version("jax") < "0.12" and (os.cpu_count() or 1) < 8:
+        os.environ.setdefault("NPROC", "8")
+
+
+def _list(_) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from experiments import overrides
+    from zoo import registry
+
+    layers = Table("layer", "what it is", title="layers")
+    for name in registry.LAYERS:
+        layers.add_row(name, registry.summary(name))
+    configs = Table("config", "what it does", title="configs")
+    for name in overrides.config_names():
+        configs.add_row(name, overrides.load(name)[1].strip().splitlines()[0])
+    console = Console()
+    console.print(layers, configs)
+    return 0
+
+
+def _config(options, rest: list[str]):
+    """The config that was named, with its overrides, and where its results go."""
+    from experiments import overrides
+    from experiments.compare import Comparison
+
+    config, _ = overrides.load(options.config)
+    changes = overrides.parse(rest)
+    if isinstance(config, Comparison):
+        config = config.override(changes)
+    else:
+        config = overrides.override(config, changes)
+    name = Path(options.config).stem
+    return config, Path(options.out or Path("runs") / name)
+
+
+def _train(options, rest: list[str]) -> int:
+    from experiments.config import Run
+    from experiments.train import train
+    from layers.common import require
+
+    run, directory = _config(options, rest)
+    require(isinstance(run, Run), f"{options.config!r} is a comparison: use `zoo compare {options.config}`")
+    result = train(run, directory, tensorboard=options.tensorboard)
+    if result.stopped:
+        print(f"stopped by {result.stopped} at step {result.summary['step']}; the same command goes on from here")
+        return 130
+    _print_summary(result.summary)
+    print(directory)
+    return 0
+
+
+def _print_summary(values: dict) -> None:
+    for name, value in values.items():
+        print(f"{name:>18}  {value:,.4f}" if isinstance(value, float) else f"{name:>18}  {value}")
+
+
+def _compare(options, rest: list[str]) -> int:
+    from experiments.compare import Comparison, compare
+    from layers.common import require
+
+    comparison, directory = _config(options, rest)
+    require(isinstance(comparison, Comparison), f"{options.config!r} is one run: use `zoo train {options.config}`")
+    results = compare(comparison, directory)
+    return 0 if len(results) == len(comparison.runs) else 130
+
+
+def _eval(options) -> int:
+    from experiments.evaluate import evaluate_directory
+
+    _print_summary(evaluate_directory(options.run, options.split))
+    return 0
+
+
+def _generate(options) -> int:
+    import jax
+    import numpy as np
+
+    from experiments.directory import read_config
+    from layers.common import require
+    from zoo import checkpoint, lm
+    from zoo.generate import generate
+
+    run, _ = read_config(options.run)
+    tokenizer = getattr(run.data.build(), "tokenizer", None)
+    require(
+        isinstance(run.model, lm.Config) and tokenizer is not None,
+        f"{options.run} was not trained on text: there is nothing to generate",
+    )
+    prompt = np.array([tokenizer.encode(options.prompt)], np.int32)
+    tokens = generate(
+        checkpoint.load_params(options.run),
+        run.model,
+        prompt,
+        options.tokens,
+        key=jax.random.key(options.seed),
+        temperature=options.temperature,
+        top_k=options.top_k,
+    )
+    print(options.prompt + tokenizer.decode(tokens[0].tolist()))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="zoo", description="Recurrent and state-space sequence models in JAX.")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    verbs.add_parser("list", help="layers and configs")
+    for verb, text in (("train", "train one run"), ("compare", "train several and put them side by side")):
+        sub = verbs.add_parser(
+            verb,
+            help=text,
+            epilog="Any field of the config can follow as --field=value, nested ones as --optimizer.lr=3e-4. "
+            f"`zoo {verb} CONFIG --show` prints them all.",
+        )
+        sub.add_argument("config", metavar="CONFIG", help="a name from `zoo list`, or a Python file")
+        sub.add_argument("--out", metavar="DIR", help="directory of the results (default runs/CONFIG)")
+        sub.add_argument("--show", action="store_true", help="print the config and its documentation, and stop")
+        if verb == "train":
+            sub.add_argument("--tensorboard", action="store_true", help="write TensorBoard files too")
+
+    sub = verbs.add_parser("eval", help="evaluate a run's newest checkpoint")
+    sub.add_argument("run", metavar="RUN", help="directory of a run")
+    sub.add_argument("--split", default="validation", help="split of its data (default validation)")
+
+    sub = verbs.add_parser("generate", help="continue a text with a trained language model")
+    sub.add_argument("run", metavar="RUN", help="directory of a run")
+    sub.add_argument("--prompt", required=True, help="text to continue")
+    sub.add_argument("--tokens", type=int, default=200, help="how many tokens to add (default 200)")
+    sub.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default 0.8)")
+    sub.add_argument("--top-k", type=int, help="sample among the k most likely tokens")
+    sub.add_argument("--seed", type=int, default=0, help="of the sampling (default 0)")
+    return parser
+
+
+def _show(options, rest: list[str]) -> int:
+    from experiments import overrides
+    from experiments.compare import Comparison
+
+    config, directory = _config(options, rest)
+    print(overrides.load(options.config)[1].strip(), "\n")
+    runs = config.runs if isinstance(config, Comparison) else (("", config),)
+    for label, run in runs:
+        print(f"{label}:" if label else f"results in {directory}")
+        for path in overrides.field_paths(run):
+            value = run
+            for name in path.split("."):
+                value = getattr(value, name)
+            print(f"  --{path}={value}")
+    return 0
+
+
+def _run(arguments: list[str] | None) -> int:
+    options, rest = _parser().parse_known_args(arguments)
+    if options.verb in ("train", "compare"):
+        if options.show:
+            return _show(options, rest)
+        return {"train": _train, "compare": _compare}[options.verb](options, rest)
+    if rest:
+        raise ValueError(f"unexpected {rest[0]!r}; see `zoo {options.verb} --help`")
+    return {"list": _list, "eval": _eval, "generate": _generate}[options.verb](options)
+
+
+def _users(error: Exception) -> bool:
+    """Whether the user can mend it: the project's own checks raised it, or the operating system did.
+
+    Anything from deeper down is a defect and keeps its traceback.
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    home = Path(__file__).parent.parent
+    ours = [home / name for name in ("experiments", "zoo", "layers", "pallas_kernels")]
+    return isinstance(error, OSError) or Path(frames[-1].filename).parent in ours
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; returns its exit status."""
+    _prepare_environment()
+    try:
+        return _run(arguments)
+    except KeyboardInterrupt:
+        print("zoo: interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, RuntimeError, ModuleNotFoundError) as error:
+        if not _users(error):
+            raise
+        print(f"zoo: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

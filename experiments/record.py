@@ -1,0 +1,103 @@
+"""What a run tells while it runs: rows in `metrics.jsonl`, TensorBoard, and a line on the screen."""
+
+import json
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+def plain(value: Any) -> Any:
+    """A value as strict JSON has it: arrays become lists, numbers that are not finite become null."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, list):
+        return [plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class Recorder:
+    """Rows of metrics, in memory and (with a path) appended to a JSONL file, each flushed at once.
+
+    A row has `kind` ("train" or "eval"), `step`, its numbers, and `timing` for all that depends on the
+    machine: without `timing`, the rows of a run that was interrupted are those of one that was not.
+    """
+
+    def __init__(self, path: Path | None = None, rows: tuple | list = (), tensorboard: bool = False):
+        self.rows = list(rows)
+        self._file = None if path is None else path.open("a")
+        self._board = _board(path, self.rows) if tensorboard else None
+
+    def write(self, kind: str, step: int, values: dict, timing: dict | None = None) -> None:
+        row = plain({"kind": kind, "step": step, **values, "timing": timing or {}})
+        self.rows.append(row)
+        if self._file:
+            self._file.write(json.dumps(row, allow_nan=False) + "\n")
+            self._file.flush()
+        if self._board:
+            for name, value in {**row, **row["timing"]}.items():
+                if name != "step" and isinstance(value, int | float):
+                    self._board.add_scalar(f"{kind}/{name}", value, step)
+
+    def sync(self) -> None:
+        """Return when the rows are on the disk."""
+        if self._file:
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        for stream in (self._file, self._board):
+            if stream:
+                stream.close()
+
+
+def _board(path: Path | None, rows: list[dict]):
+    if path is None:
+        raise ValueError("TensorBoard needs a run directory to write to")
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        raise ModuleNotFoundError("TensorBoard asked for: pip install recurrent-zoo[tensorboard]") from None
+    return SummaryWriter(str(path.parent / "tensorboard"), purge_step=rows[-1]["step"] + 1 if rows else None)
+
+
+class Screen:
+    """A bar on a terminal or in a notebook, a line now and then elsewhere, nothing when not `shown`."""
+
+    def __init__(self, first: int, steps: int, shown: bool = True):
+        self._first, self._steps, self._shown = first, steps, shown
+        self._start = self._last = time.perf_counter()
+        self._bar: Progress | None = None
+        console = Console()
+        if shown and (console.is_terminal or console.is_jupyter):
+            text = TextColumn("{task.description}")
+            columns = (MofNCompleteColumn(), BarColumn(), text, TimeRemainingColumn())
+            self._bar = Progress(*columns, console=console)
+            self._bar.add_task("compiling", total=steps, completed=first)
+            self._bar.start()
+
+    def update(self, step: int, text: str) -> None:
+        now = time.perf_counter()
+        if self._bar:
+            self._bar.update(self._bar.task_ids[0], completed=step, description=text)
+        elif self._shown and (step == self._steps or now - self._last >= SECONDS_BETWEEN_LINES):
+            self._last = now
+            left = (now - self._start) / max(step - self._first, 1) * (self._steps - step)
+            print(f"step {step}/{self._steps}  {text}  {left:.0f} s left", flush=True)
+
+    def say(self, text: str) -> None:
+        if self._bar:
+            self._bar.console.print(text, highlight=False)
+        elif self._shown:
+            print(text, flush=True)
+
+    def close(self) -> None:
+        if self._bar:
+            self._bar.stop()

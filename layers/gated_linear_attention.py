@@ -1,0 +1,214 @@
+"""Gated linear attention (GLA), with plain linear attention and retention as settings of it.
+
+Per head, with keys of width K and values of width V,
+
+    S_t = diag(alpha_t) S_{t-1} + k_t v_t^T,        o_t = S_t^T q_t / sqrt(K)
+
+    decay = "channel"    alpha_t = sigmoid(W2 W1 x_t + b)^(1/tau) in (0,1)^K        GLA
+            "head"       alpha_t = sigmoid(w x_t + b)^(1/tau), one number per head  simple GLA
+            "constant"   alpha = 1 - 2^(-5-h) for head h                            retention's decay
+            "none"       alpha = 1                                                  linear attention
+
+and `y = W_out( RMSNorm_head(o) * silu(W_gate x) )`. With `normalize` the read is a weighted mean,
+`o_t = S_t^T phi(q_t) / (phi(q_t) . n_t + eps)`, n_t = sum of alpha-decayed phi(k): then there is no norm.
+
+Sources: Yang et al. 2023 (arXiv 2312.06635) eq. 3-4 and sec. 4.4 (GLA, tau = 16, gate of rank 16);
+Katharopoulos et al. 2020 (arXiv 2006.16236) eq. 16-20 (linear attention, elu + 1);
+Sun et al. 2023 (arXiv 2307.08621) sec. 2.1 (constant decay). `conv` adds the short convolution with SiLU on
+q, k, v that later delta-rule layers use; GLA itself has none.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import Array
+
+from layers.common import (
+    Params,
+    conv_init,
+    conv_state,
+    dense,
+    merge_heads,
+    require,
+    require_choice,
+    require_divides,
+    require_positive,
+    rms_norm,
+    short_conv,
+    short_conv_step,
+    weight,
+    wide,
+)
+from pallas_kernels.gated_linear_attention import (
+    flops_per_token,
+    gated_linear_attention,
+    gated_linear_attention_step,
+)
+
+DECAYS = ("channel", "head", "constant", "none")
+FEATURE_MAPS = {
+    "identity": lambda x: x,
+    "elu+1": lambda x: jax.nn.elu(x) + 1,
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+}
+NON_NEGATIVE = ("elu+1", "relu")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Raises ValueError for sizes that do not fit together or an unknown decay or feature map."""
+
+    width: int
+    heads: int = 4
+    key_dim: int | None = None  # K per head; default width / (2 heads)
+    value_dim: int | None = None  # V per head; default width / heads
+    decay: str = "channel"
+    gate_rank: int = 16  # rank of the channel decay's projection
+    gate_temperature: float = 16.0  # tau: larger forgets more slowly
+    feature_map: str = "identity"
+    normalize: bool = False
+    conv: int = 0  # taps of the short convolution on q, k, v; 0 for none
+
+    def __post_init__(self):
+        require_positive(self, "width", "heads", "gate_rank")
+        if self.key_dim is None or self.value_dim is None:
+            require_divides(self, "heads", "width")
+        require(self.K >= 1 and self.V >= 1, f"gated_linear_attention: key_dim={self.K}, value_dim={self.V}")
+        require(self.gate_temperature > 0, f"gated_linear_attention: gate_temperature={self.gate_temperature}")
+        require(self.conv >= 0, f"gated_linear_attention: conv={self.conv} must be >= 0")
+        require_choice(self, "decay", DECAYS)
+        require_choice(self, "feature_map", tuple(FEATURE_MAPS))
+        require(
+            not self.normalize or self.feature_map in NON_NEGATIVE,
+            f"gated_linear_attention: normalize needs a feature map that is never negative "
+            f"({', '.join(NON_NEGATIVE)}), not {self.feature_map!r}",
+        )
+
+    @property
+    def K(self) -> int:
+        return self.key_dim or max(self.width // (2 * self.heads), 1)
+
+    @property
+    def V(self) -> int:
+        return self.value_dim or self.width // self.heads
+
+    @property
+    def streams(self) -> tuple[int, int, int]:
+        """Channels of q, k and v."""
+        return self.heads * self.K, self.heads * self.K, self.heads * self.V
+
+    def state_bytes(self) -> int:
+        """`4 (H K V + (conv - 1)(2 H K + H V))`, and H K more with the normaliser."""
+        memory = self.heads * self.K * (self.V + self.normalize)
+        return 4 * (memory + max(self.conv - 1, 0) * sum(self.streams))
+
+    def flops_per_token(self, length: int) -> int:
+        gate = {
+            "channel": self.gate_rank * (self.width + self.heads * self.K),
+            "head": self.width * self.heads,
+        }
+        projections = self.width * (sum(self.streams) + 2 * self.streams[2]) + gate.get(self.decay, 0)
+        mix = flops_per_token(
+            length, self.heads, self.K, self.V + self.normalize, channels=self.decay == "channel"
+        )
+        return 2 * (projections + self.conv * sum(self.streams)) + mix
+
+
+@struct.dataclass
+class State:
+    memory: Array  # [B, H, K, V], V + 1 columns with the normaliser
+    conv: Array  # [B, conv - 1, 2 H K + H V]
+
+
+def init(key: Array, cfg: Config) -> Params:
+    """Projections with unit-variance outputs; decay biases 0 (alpha = 2^(-1/tau) at the start)."""
+    keys = iter(jax.random.split(key, 8))
+    params = {
+        "w_qkv": weight(next(keys), cfg.width, sum(cfg.streams)),
+        "w_gate": weight(next(keys), cfg.width, cfg.streams[2]),
+        "w_out": weight(next(keys), cfg.streams[2], cfg.width),
+    }
+    if not cfg.normalize:
+        params["norm_scale"] = jnp.ones(cfg.V)
+    if cfg.conv:
+        params["conv"] = conv_init(next(keys), cfg.conv, sum(cfg.streams))
+    if cfg.decay == "channel":
+        params["w_decay_down"] = weight(next(keys), cfg.width, cfg.gate_rank)
+        params["w_decay_up"] = weight(next(keys), cfg.gate_rank, cfg.heads * cfg.K)
+        params["decay_bias"] = jnp.zeros(cfg.heads * cfg.K)
+    if cfg.decay == "head":
+        params["w_decay"] = weight(next(keys), cfg.width, cfg.heads)
+        params["decay_bias"] = jnp.zeros(cfg.heads)
+    return params
+
+
+def init_state(cfg: Config, batch: int) -> State:
+    return State(
+        memory=jnp.zeros((batch, cfg.heads, cfg.K, cfg.V + cfg.normalize)),
+        conv=conv_state(batch, max(cfg.conv, 1), sum(cfg.streams)),
+    )
+
+
+def _log_decay(params: Params, cfg: Config, x: Array) -> Array | None:
+    """`[..., H, K]`, `[..., H]`, `[H]` or None, <= 0."""
+    if cfg.decay == "none":
+        return None
+    if cfg.decay == "constant":
+        return jnp.log1p(-(2.0 ** (-5.0 - jnp.arange(cfg.heads))))
+    if cfg.decay == "head":
+        logits = wide(dense(x, params["w_decay"])) + params["decay_bias"]
+        return jax.nn.log_sigmoid(logits) / cfg.gate_temperature
+    logits = wide(dense(dense(x, params["w_decay_down"]), params["w_decay_up"])) + params["decay_bias"]
+    return (jax.nn.log_sigmoid(logits) / cfg.gate_temperature).reshape(*x.shape[:-1], cfg.heads, cfg.K)
+
+
+def _heads(cfg: Config, qkv: Array) -> tuple[Array, Array, Array]:
+    """Split `[..., 2HK + HV]` into q (scaled), k and v, `[..., H, K or V]`, after the feature map."""
+    if cfg.conv:
+        qkv = jax.nn.silu(qkv)
+    parts = jnp.split(qkv, [cfg.streams[0], 2 * cfg.streams[0]], -1)
+    q, k, v = (p.reshape(*p.shape[:-1], cfg.heads, -1) for p in parts)
+    phi = FEATURE_MAPS[cfg.feature_map]
+    if cfg.normalize:
+        # A column of ones in v makes the last column of the memory the normaliser.
+        v = jnp.concatenate([v, jnp.ones_like(v[..., :1])], -1)
+    return phi(q) * cfg.K**-0.5, phi(k), v
+
+
+def _output(params: Params, cfg: Config, x: Array, o: Array) -> Array:
+    """Normalise the read `o [..., H, V]`, gate it by x and project."""
+    if cfg.normalize:
+        o = o[..., :-1] / (o[..., -1:] + 1e-6)
+    else:
+        o = rms_norm(o, params["norm_scale"])
+    return dense(merge_heads(o) * jax.nn.silu(dense(x, params["w_gate"])), params["w_out"])
+
+
+def apply(params, cfg, x, state=None, *, segment_ids=None, implementation=None):
+    """`x [B,T,D] -> (y [B,T,D], State, {})`; see the package docstring for the contract."""
+    state = init_state(cfg, x.shape[0]) if state is None else state
+    qkv, conv = dense(x, params["w_qkv"]), state.conv
+    if cfg.conv:
+        qkv, conv = short_conv(qkv, params["conv"], conv, segment_ids=segment_ids)
+    o, memory = gated_linear_attention(
+        *_heads(cfg, qkv),
+        _log_decay(params, cfg, x),
+        state.memory,
+        segment_ids=segment_ids,
+        implementation=implementation,
+    )
+    return _output(params, cfg, x, o), State(memory=memory, conv=conv), {}
+
+
+def step(params, cfg, x_t, state):
+    """One token: `x_t [B,D] -> (y_t [B,D], State)`."""
+    qkv, conv = dense(x_t, params["w_qkv"]), state.conv
+    if cfg.conv:
+        qkv, conv = short_conv_step(qkv, params["conv"], conv)
+    o, memory = gated_linear_attention_step(
+        *_heads(cfg, qkv), _log_decay(params, cfg, x_t), state.memory
+    )
+    return _output(params, cfg, x_t, o), State(memory=memory, conv=conv)

@@ -1,0 +1,271 @@
+"""Mixture of memories (MoM): a router sends every token to a few of M recurrent memories.
+
+    pi_t = softmax(W_r x_t),    the k largest selected,    w_tm = pi_tm / sum of the selected, else 0
+
+Memory m sees only the tokens that were routed to it, in their order, as if they were its whole sequence.
+There, with keys and values of its own and every quantity per head,
+
+    k, v = silu(conv(W_k^m x)), silu(conv(W_v^m x)),    k and q scaled to length 1
+    g = -exp(A_log) softplus(W_a^m x + dt_bias),        beta = sigmoid(W_b^m x)
+
+    rule = "gated_delta"    S = e^g S + beta k (v - (e^g S)^T k)^T
+           "gla"            S = e^g S + k v^T
+
+and a token routed elsewhere leaves S_m and the convolution's window of m as they are. The query
+q = silu(conv(W_q x)) runs over all tokens. One more memory, `shared`, receives every token:
+
+    o_t = sum_m w_tm S_tm^T q_t / sqrt(K) + S_shared^T q_t / sqrt(K),
+    y_t = W_out( RMSNorm_head(o_t) * silu(W_gate x_t) ).
+
+The query, A_log, dt_bias and the filters of the convolutions serve all memories.
+
+Source: Du et al. 2025 (arXiv 2502.13685) eq. 3-9 and sec. 3.3; inner rule Yang et al. 2024
+(arXiv 2412.06464) eq. 10. All memories are executed on all tokens with the foreign ones masked: exact, and
+nothing depends on other samples of the batch except the loss
+
+    balance_loss = balance * M * sum_m f_m P_m,    f_m the fraction of tokens routed to m (sum_m f_m = k),
+                                                   P_m the mean of pi_tm; its value at even load is balance * k.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import Array
+
+from layers.common import (
+    Params,
+    conv_init,
+    conv_state,
+    dense,
+    dense_heads,
+    dt_bias_init,
+    l2_norm,
+    merge_heads,
+    require,
+    require_choice,
+    require_divides,
+    require_positive,
+    rms_norm,
+    short_conv,
+    short_conv_step,
+    weight,
+    wide,
+)
+from pallas_kernels import gated_delta_rule as delta
+from pallas_kernels import gated_linear_attention as gla
+
+RULES = ("gated_delta", "gla")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Raises ValueError for sizes that do not fit together, top_k > memories or an unknown rule."""
+
+    width: int
+    heads: int = 4
+    key_dim: int | None = None  # K per head; default width / heads
+    value_dim: int | None = None  # V per head; default width / heads
+    memories: int = 4  # M, those that are routed to
+    top_k: int = 2  # how many of them a token reads and writes
+    shared: bool = True  # one more memory, which every token reads and writes
+    rule: str = "gated_delta"
+    conv: int = 4  # taps of the short convolution on q, k, v; 0 for none
+    balance: float = 0.01  # coefficient of the load-balancing loss
+
+    def __post_init__(self):
+        require_positive(self, "width", "heads", "memories", "top_k")
+        if self.key_dim is None or self.value_dim is None:
+            require_divides(self, "heads", "width")
+        for name in ("key_dim", "value_dim"):
+            if getattr(self, name) is not None:
+                require_positive(self, name)
+        require(
+            self.top_k <= self.memories,
+            f"mixture_of_memories: top_k={self.top_k} exceeds memories={self.memories}",
+        )
+        require_choice(self, "rule", RULES)
+        require(self.conv >= 0, f"mixture_of_memories: conv={self.conv} must be >= 0")
+        require(self.balance >= 0, f"mixture_of_memories: balance={self.balance} must be >= 0")
+
+    @property
+    def K(self) -> int:
+        return self.key_dim or self.width // self.heads
+
+    @property
+    def V(self) -> int:
+        return self.value_dim or self.width // self.heads
+
+    @property
+    def streams(self) -> tuple[int, int]:
+        """Channels of q, and of k and v together."""
+        return self.heads * self.K, self.heads * (self.K + self.V)
+
+    @property
+    def all_memories(self) -> int:
+        """The routed ones and, last, the shared one."""
+        return self.memories + self.shared
+
+    def state_bytes(self) -> int:
+        """`4 (M' H K V + (conv - 1)(H K + M' H (K + V)))`, M' counting the shared memory."""
+        queries, writes = self.streams
+        window = max(self.conv - 1, 0) * (queries + self.all_memories * writes)
+        return 4 * (self.all_memories * self.heads * self.K * self.V + window)
+
+    def flops_per_token(self, length: int) -> int:
+        """All memories run on all tokens."""
+        queries, writes = self.streams
+        gates = self.heads * (2 if self.rule == "gated_delta" else 1)
+        once = self.width * (queries + 2 * self.heads * self.V + self.memories) + self.conv * queries
+        each = self.width * (writes + gates) + self.conv * writes
+        op = delta if self.rule == "gated_delta" else gla
+        mix = op.flops_per_token(length, self.heads, self.K, self.V, channels=False)
+        return 2 * once + self.all_memories * (2 * each + mix)
+
+
+@struct.dataclass
+class State:
+    memory: Array  # [B, M', H, K, V]
+    conv_query: Array  # [B, conv - 1, H K]
+    conv_write: Array  # [B, M', conv - 1, H (K + V)]: of each memory's own tokens
+
+
+def init(key: Array, cfg: Config) -> Params:
+    """Projections with unit-variance outputs; A uniform in (0.01, 16), dt log-uniform in (0.001, 0.1)."""
+    keys = iter(jax.random.split(key, 10))
+    queries, writes = cfg.streams
+    params = {
+        "w_router": weight(next(keys), cfg.width, cfg.memories),
+        "w_q": weight(next(keys), cfg.width, queries),
+        "w_kv": weight(next(keys), cfg.width, cfg.all_memories, writes),
+        "w_decay": weight(next(keys), cfg.width, cfg.all_memories, cfg.heads),
+        "A_log": jnp.log(jax.random.uniform(next(keys), (cfg.heads,), minval=0.01, maxval=16.0)),
+        "dt_bias": dt_bias_init(next(keys), (cfg.heads,)),
+        "w_gate": weight(next(keys), cfg.width, cfg.heads * cfg.V),
+        "norm_scale": jnp.ones(cfg.V),
+        "w_out": weight(next(keys), cfg.heads * cfg.V, cfg.width),
+    }
+    if cfg.rule == "gated_delta":
+        params["w_beta"] = weight(next(keys), cfg.width, cfg.all_memories, cfg.heads)
+    if cfg.conv:
+        params["conv"] = conv_init(next(keys), cfg.conv, queries + writes)
+    return params
+
+
+def init_state(cfg: Config, batch: int) -> State:
+    queries, writes = cfg.streams
+    windows = conv_state(batch * cfg.all_memories, max(cfg.conv, 1), writes)
+    return State(
+        memory=jnp.zeros((batch, cfg.all_memories, cfg.heads, cfg.K, cfg.V)),
+        conv_query=conv_state(batch, max(cfg.conv, 1), queries),
+        conv_write=windows.reshape(batch, cfg.all_memories, *windows.shape[1:]),
+    )
+
+
+def _fold(x: Array) -> Array:
+    """`[B, M', ...] -> [B M', ...]`: to ops, every memory is a sequence of its own."""
+    return x.reshape(-1, *x.shape[2:])
+
+
+def _unfold(x: Array, cfg: Config) -> Array:
+    return x.reshape(-1, cfg.all_memories, *x.shape[1:])
+
+
+def _route(params: Params, cfg: Config, x: Array) -> tuple[Array, Array, Array]:
+    """Weights and choices `[B, M', ...]` (1 and true for the shared memory), probabilities `[B, ..., M]`."""
+    probabilities = jax.nn.softmax(dense(wide(x), params["w_router"]))
+    _, best = jax.lax.top_k(probabilities, cfg.top_k)
+    chosen = jnp.any(best[..., None] == jnp.arange(cfg.memories), -2)
+    weights = jnp.where(chosen, probabilities, 0)
+    weights = weights / jnp.sum(weights, -1, keepdims=True)
+    if cfg.shared:
+        weights = jnp.concatenate([weights, jnp.ones_like(weights[..., :1])], -1)
+        chosen = jnp.concatenate([chosen, jnp.ones_like(chosen[..., :1])], -1)
+    return jnp.moveaxis(weights, -1, 1), jnp.moveaxis(chosen, -1, 1), probabilities
+
+
+def _balance(cfg: Config, chosen: Array, probabilities: Array) -> dict[str, Array]:
+    """The loss and what each memory received; statistics of the batch, which no output depends on."""
+    load = jnp.mean(chosen[:, : cfg.memories], (0, 2), dtype=probabilities.dtype)
+    share = jnp.mean(probabilities, (0, 1))
+    loss = cfg.balance * cfg.memories * jnp.sum(load * share)
+    return {"balance_loss": loss, "router_load": load, "router_probability": share}
+
+
+def _per_memory(x: Array, w: Array) -> Array:
+    """`x [B, ..., D]` through `w [D, M', E]`: `[B M', ..., E]`, in x's dtype."""
+    return _fold(jnp.einsum("b...d,dme->bm...e", x, w.astype(x.dtype)))
+
+
+def _rule_inputs(params: Params, cfg: Config, x: Array, q: Array, kv: Array, chosen: Array) -> list[Array]:
+    """Arguments of the inner rule, `[B M', ..., H, K or V or none]`: (q, k, v, p, g), or without p for GLA.
+
+    `q [B, ..., HK]`, `kv [B M', ..., H(K+V)]` after their convolutions, `chosen [B M', ...]`.
+    """
+    if cfg.conv:
+        q, kv = jax.nn.silu(q), jax.nn.silu(kv)
+    q, k, v = (
+        y.reshape(*y.shape[:-1], cfg.heads, -1)
+        for y in (q, kv[..., : cfg.heads * cfg.K], kv[..., cfg.heads * cfg.K :])
+    )
+    q = jnp.repeat(l2_norm(q) * cfg.K**-0.5, cfg.all_memories, 0)
+    # A key of zero writes and, with no decay, keeps: the state passes a foreign token unharmed.
+    k = jnp.where(chosen[..., None, None], l2_norm(k), 0)
+    rate = jax.nn.softplus(wide(_per_memory(x, params["w_decay"])) + params["dt_bias"])
+    log_decay = jnp.where(chosen[..., None], -jnp.exp(params["A_log"]) * rate, 0)
+    if cfg.rule == "gla":
+        return [q, k, v, log_decay]
+    beta = jax.nn.sigmoid(_per_memory(x, params["w_beta"]))[..., None]
+    return [q, k, beta * v, beta * k, log_decay]
+
+
+def _output(params: Params, cfg: Config, x: Array, o: Array, weights: Array) -> Array:
+    """Mix what the memories said, `o [B M', ..., H, V]`; normalise, gate by x and project."""
+    o = jnp.einsum("bm...,bm...hv->b...hv", weights.astype(o.dtype), _unfold(o, cfg))
+    gate = jax.nn.silu(dense_heads(x, params["w_gate"], cfg.heads))
+    return dense(merge_heads(rms_norm(o, params["norm_scale"]) * gate), params["w_out"])
+
+
+def apply(params, cfg, x, state=None, *, segment_ids=None, implementation=None):
+    """`x [B,T,D] -> (y [B,T,D], State, aux)`; see the package docstring for the contract.
+
+    `aux` holds `balance_loss`, and per memory `router_load [M]` (fraction of tokens routed there) and
+    `router_probability [M]`.
+    """
+    state = init_state(cfg, x.shape[0]) if state is None else state
+    weights, chosen, probabilities = _route(params, cfg, x)
+    folded_ids = None if segment_ids is None else jnp.repeat(segment_ids, cfg.all_memories, 0)
+    mask = _fold(chosen)
+    q, conv_query = dense(x, params["w_q"]), state.conv_query
+    kv, conv_write = _per_memory(x, params["w_kv"]), _fold(state.conv_write)
+    if cfg.conv:
+        filters = jnp.split(params["conv"], [cfg.streams[0]], -1)
+        q, conv_query = short_conv(q, filters[0], conv_query, segment_ids=segment_ids)
+        kv, conv_write = short_conv(kv, filters[1], conv_write, segment_ids=folded_ids, mask=mask)
+    run = delta.gated_delta_rule if cfg.rule == "gated_delta" else gla.gated_linear_attention
+    o, memory = run(
+        *_rule_inputs(params, cfg, x, q, kv, mask),
+        _fold(state.memory),
+        segment_ids=folded_ids,
+        implementation=implementation,
+    )
+    new = State(_unfold(memory, cfg), conv_query, _unfold(conv_write, cfg))
+    return _output(params, cfg, x, o, weights), new, _balance(cfg, chosen, probabilities)
+
+
+def step(params, cfg, x_t, state):
+    """One token: `x_t [B,D] -> (y_t [B,D], State)`."""
+    weights, chosen, _ = _route(params, cfg, x_t)
+    mask = _fold(chosen)
+    q, conv_query = dense(x_t, params["w_q"]), state.conv_query
+    kv, conv_write = _per_memory(x_t, params["w_kv"]), _fold(state.conv_write)
+    if cfg.conv:
+        filters = jnp.split(params["conv"], [cfg.streams[0]], -1)
+        q, conv_query = short_conv_step(q, filters[0], conv_query)
+        kv, moved = short_conv_step(kv, filters[1], conv_write)
+        conv_write = jnp.where(mask[:, None, None], moved, conv_write)
+    run = delta.gated_delta_rule_step if cfg.rule == "gated_delta" else gla.gated_linear_attention_step
+    o, memory = run(*_rule_inputs(params, cfg, x_t, q, kv, mask), _fold(state.memory))
+    new = State(_unfold(memory, cfg), conv_query, _unfold(conv_write, cfg))
+    return _output(params, cfg, x_t, o, weights), new

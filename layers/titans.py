@@ -1,0 +1,215 @@
+"""Titans' neural long-term memory: a small network per head, trained on the stream while it is read.
+
+With q, k, v = silu(conv(W x)), q and k of unit length, M a network with weights W, and per head
+
+    alpha_t = sigmoid(w_alpha x_t + b_alpha)         forgetting
+    eta_t   = sigmoid(w_eta x_t + b_eta)             momentum of the surprise
+    theta_t = theta_max sigmoid(w_theta x_t + b)     step size
+
+    S_t = eta_t S_{t-1} - theta_t grad |M(k_t; W_c) - v_t|^2        S_0 = 0
+    W_t = (1 - alpha_t) W_{t-1} + S_t                               W_0 learned
+    o_t = M(q_t; W_t),      y_t = W_out( RMSNorm_head(o_t) * silu(W_gate x_t) )
+
+W_c are the weights at the start of the token's chunk. The paper writes the gradient at W_{t-1}, which is
+chunk = 1; its parallel form, and its experiments, use longer chunks, so `chunk` is part of the model and
+not a matter of speed. It counts from the start of the document.
+
+Source: Behrouz, Zhong, Mirrokni 2024 (arXiv 2501.00663) eq. 8-15, sec. 3.2 (chunks) and 4.4 (convolution,
+norm and gate). The paper leaves open W_0, theta_max, the biases of the gates, the width of M and the chunk.
+Two bounds of ours keep training stable: theta_max and `clip`, a soft bound on one token's gradient
+(g / sqrt(1 + |g|^2 / clip^2) per matrix), without which a network of two layers can run away from steps that
+are too long for it; `clip = None` is the bare rule.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import Array
+
+from layers.common import (
+    Params,
+    conv_init,
+    conv_state,
+    dense,
+    merge_heads,
+    require,
+    require_choice,
+    require_divides,
+    require_positive,
+    rms_norm,
+    short_conv,
+    short_conv_step,
+    l2_norm,
+    weight,
+    wide,
+)
+from pallas_kernels.memory_update import (
+    ACTIVATIONS,
+    Memory,
+    empty_memory,
+    flops_per_token,
+    memory_update,
+    memory_update_step,
+)
+
+# Biases of the gates: theta = 0.12 theta_max, alpha = 0.018, eta = 0.88 before training.
+RATE_BIAS, FORGET_BIAS, MOMENTUM_BIAS = -2.0, -4.0, 2.0
+
+
+@dataclass(frozen=True)
+class Config:
+    """Raises ValueError for sizes that do not fit together or an unknown activation."""
+
+    width: int
+    heads: int = 4
+    head_dim: int | None = None  # width of q, k, v per head; default width / heads
+    depth: int = 2  # matrices of the inner network; 1 is a linear memory
+    expand: int = 2  # hidden width of the inner network / head_dim
+    chunk: int = 16  # tokens whose gradients are taken at the same weights
+    momentum: bool = True
+    activation: str = "silu"
+    residual: bool = False  # the inner network is x + MLP(x)
+    max_rate: float = 0.1  # theta_max
+    clip: float | None = 10.0
+    conv: int = 4  # taps of the short convolution on q, k, v; 0 for none
+
+    def __post_init__(self):
+        require_positive(self, "width", "heads", "depth", "expand", "chunk")
+        if self.head_dim is None:
+            require_divides(self, "heads", "width")
+        require(self.D >= 1, f"titans: head_dim={self.head_dim} must be >= 1")
+        require(self.max_rate > 0, f"titans: max_rate={self.max_rate} must be > 0")
+        require(self.clip is None or self.clip > 0, f"titans: clip={self.clip} must be > 0 or None")
+        require(self.conv >= 0, f"titans: conv={self.conv} must be >= 0")
+        require_choice(self, "activation", tuple(ACTIVATIONS))
+
+    @property
+    def D(self) -> int:
+        return self.width // self.heads if self.head_dim is None else self.head_dim
+
+    @property
+    def shapes(self) -> list[tuple[int, int, int]]:
+        """(H, in, out) of each inner matrix."""
+        hidden = [self.expand * self.D] * (self.depth - 1)
+        widths = [self.D, *hidden, self.D]
+        return [(self.heads, i, o) for i, o in zip(widths[:-1], widths[1:], strict=True)]
+
+    @property
+    def rule(self) -> dict:
+        """What the op has to know besides arrays."""
+        return {
+            "chunk": self.chunk,
+            "activation": self.activation,
+            "residual": self.residual,
+            "clip": self.clip,
+        }
+
+    def state_bytes(self) -> int:
+        """`4 ((2 + momentum) P + (conv - 1) 3 H D + 1)`, P the number of inner weights of all heads."""
+        inner = sum(h * i * o for h, i, o in self.shapes)
+        window = max(self.conv - 1, 0) * 3 * self.heads * self.D
+        return 4 * ((2 + self.momentum) * inner + window + 1)
+
+    def flops_per_token(self, length: int) -> int:
+        stream = self.heads * self.D
+        projections = self.width * (5 * stream + (2 + self.momentum) * self.heads) + 3 * self.conv * stream
+        return 2 * projections + flops_per_token(length, self.shapes, self.chunk, momentum=self.momentum)
+
+
+@struct.dataclass
+class State:
+    memory: Memory  # inner weights less their initial values, momentum, phase within the chunk
+    conv: Array  # [B, conv - 1, 3 H D]
+
+
+def init(key: Array, cfg: Config) -> Params:
+    """Projections and initial memory with unit gain; gates as the biases above say."""
+    keys = iter(jax.random.split(key, 7 + cfg.depth))
+    stream = cfg.heads * cfg.D
+    params = {
+        "w_qkv": weight(next(keys), cfg.width, 3 * stream),
+        "w_gate": weight(next(keys), cfg.width, stream),
+        "w_out": weight(next(keys), stream, cfg.width),
+        "w_rate": weight(next(keys), cfg.width, cfg.heads),
+        "rate_bias": jnp.full(cfg.heads, RATE_BIAS),
+        "w_forget": weight(next(keys), cfg.width, cfg.heads),
+        "forget_bias": jnp.full(cfg.heads, FORGET_BIAS),
+        "norm_scale": jnp.ones(cfg.D),
+    }
+    if cfg.momentum:
+        params["w_momentum"] = weight(next(keys), cfg.width, cfg.heads)
+        params["momentum_bias"] = jnp.full(cfg.heads, MOMENTUM_BIAS)
+    if cfg.conv:
+        params["conv"] = conv_init(next(keys), cfg.conv, 3 * stream)
+    for i, shape in enumerate(cfg.shapes):
+        params[f"memory_{i}"] = jax.random.normal(next(keys), shape) * shape[1] ** -0.5
+    return params
+
+
+def init_state(cfg: Config, batch: int) -> State:
+    return State(
+        memory=empty_memory(cfg.shapes, batch, momentum=cfg.momentum),
+        conv=conv_state(batch, max(cfg.conv, 1), 3 * cfg.heads * cfg.D),
+    )
+
+
+def _initial(params: Params, cfg: Config) -> tuple[Array, ...]:
+    return tuple(params[f"memory_{i}"] for i in range(cfg.depth))
+
+
+def _heads(cfg: Config, qkv: Array) -> tuple[Array, Array, Array]:
+    """q and k of unit length and v, `[..., H, D]`."""
+    qkv = jax.nn.silu(qkv)
+    q, k, v = (p.reshape(*p.shape[:-1], cfg.heads, cfg.D) for p in jnp.split(qkv, 3, -1))
+    return l2_norm(q), l2_norm(k), v
+
+
+def _gates(params: Params, cfg: Config, x: Array) -> tuple[Array, Array, Array | None]:
+    """theta, log(1 - alpha) and log eta, each `[..., H]`."""
+
+    def logits(name: str) -> Array:
+        return wide(dense(x, params[f"w_{name}"])) + params[f"{name}_bias"]
+
+    rate = cfg.max_rate * jax.nn.sigmoid(logits("rate"))
+    log_keep = jax.nn.log_sigmoid(-logits("forget"))
+    return rate, log_keep, jax.nn.log_sigmoid(logits("momentum")) if cfg.momentum else None
+
+
+def _output(params: Params, x: Array, o: Array) -> Array:
+    o = merge_heads(rms_norm(o, params["norm_scale"]))
+    return dense(o * jax.nn.silu(dense(x, params["w_gate"])), params["w_out"])
+
+
+def apply(params, cfg, x, state=None, *, segment_ids=None, implementation=None):
+    """`x [B,T,D] -> (y [B,T,D], State, aux)`; see the package docstring for the contract.
+
+    `aux["surprise"]` is the mean inner loss per channel of v.
+    """
+    qkv, conv = dense(x, params["w_qkv"]), None if state is None else state.conv
+    if cfg.conv:
+        qkv, conv = short_conv(qkv, params["conv"], conv, segment_ids=segment_ids)
+    elif conv is None:
+        conv = init_state(cfg, x.shape[0]).conv
+    (o, surprise), memory = memory_update(
+        _initial(params, cfg),
+        *_heads(cfg, qkv),
+        *_gates(params, cfg, x),
+        None if state is None else state.memory,
+        segment_ids=segment_ids,
+        implementation=implementation,
+        **cfg.rule,
+    )
+    return _output(params, x, o), State(memory=memory, conv=conv), {"surprise": jnp.mean(surprise) / cfg.D}
+
+
+def step(params, cfg, x_t, state):
+    """One token: `x_t [B,D] -> (y_t [B,D], State)`."""
+    qkv, conv = dense(x_t, params["w_qkv"]), state.conv
+    if cfg.conv:
+        qkv, conv = short_conv_step(qkv, params["conv"], conv)
+    (o, _), memory = memory_update_step(
+        _initial(params, cfg), *_heads(cfg, qkv), *_gates(params, cfg, x_t), state.memory, **cfg.rule
+    )
+    return _output(params, x_t, o), State(memory=memory, conv=conv)

@@ -1,0 +1,74 @@
+"""Public entry of the op."""
+
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, Int
+
+from pallas_kernels.attention import cache as caches
+from pallas_kernels.attention import reference, xla
+from pallas_kernels.attention.cache import Cache
+from pallas_kernels.chunks import accumulation_dtype
+from pallas_kernels.dispatch import choose
+
+
+
+def _reference(q, k, v, cache, segment_ids, *, fresh):
+    del fresh  # an empty cache needs no special treatment there
+    return reference.attention(q, k, v, cache, segment_ids)
+
+
+IMPLEMENTATIONS = {"reference": _reference, "xla": xla.attention}
+
+
+def empty_cache(batch: int, span: int, heads: int, key_dim: int, value_dim: int) -> Cache:
+    """A ring buffer of `span` slots without a token in it."""
+    return Cache(
+        k=jnp.zeros((batch, span, heads, key_dim)),
+        v=jnp.zeros((batch, span, heads, value_dim)),
+        slots=jnp.full((batch, span), caches.EMPTY, jnp.int32),
+        length=jnp.zeros(batch, jnp.int32),
+    )
+
+
+def attention(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T G K"],
+    v: Float[Array, "B T G V"],
+    span: int,
+    cache: Cache | None = None,
+    *,
+    segment_ids: Int[Array, "B T"] | None = None,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "B T H V"], Cache]:
+    """`o_i = sum_j softmax_j(q_i . k_j) v_j` over the document's tokens j with `0 <= i - j < span`.
+
+    `q` arrives scaled; query head h reads key head h // (H/G); `cache` (with `span` slots) holds what came
+    before. Raises ValueError when H is not a multiple of G or for an unknown
+    implementation. The output has v's dtype, softmax and cache are at least float32.
+    """
+    if q.shape[2] % k.shape[2]:
+        raise ValueError(f"attention: {q.shape[2]} query heads over {k.shape[2]} key heads")
+    run = choose("attention", implementation, IMPLEMENTATIONS)
+    dtype = accumulation_dtype(q, k, v)
+    fresh = cache is None
+    if cache is None:
+        cache = empty_cache(q.shape[0], span, k.shape[2], k.shape[3], v.shape[3])
+    out, cache = run(
+        q.astype(dtype), k.astype(dtype), v.astype(dtype), cache, segment_ids, fresh=fresh
+    )
+    return out.astype(v.dtype), cache
+
+
+def attention_step(
+    q: Float[Array, "B H K"], k: Float[Array, "B G K"], v: Float[Array, "B G V"], cache: Cache
+) -> tuple[Float[Array, "B H V"], Cache]:
+    """One token of `attention`: `O(span)`."""
+    dtype = cache.k.dtype
+    cache, out = reference.step(cache, q.astype(dtype), k.astype(dtype), v.astype(dtype), cache.length)
+    return out.astype(v.dtype), cache
+
+
+def flops_per_token(length: int, span: int, heads: int, key_dim: int, value_dim: int) -> int:
+    """Forward FLOPs of one token of the blockwise form: masked pairs are computed too."""
+    seen = min(span - 1, length - 1) + min(xla.QUERY_BLOCK, length)
+    return 2 * heads * seen * (key_dim + value_dim)

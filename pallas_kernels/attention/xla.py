@@ -1,0 +1,67 @@
+"""Blocks of queries against the keys they can see: memory linear in T."""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from pallas_kernels.attention import cache as caches
+from pallas_kernels.chunks import join_time, split_time
+
+# Rows of the score matrix formed at once.
+QUERY_BLOCK = 128
+
+
+def _pad_front(x: Array, before: int, after: int, value=0) -> Array:
+    return jnp.pad(x, ((0, 0), (before, after), *((0, 0),) * (x.ndim - 2)), constant_values=value)
+
+
+def attention(q, k, v, cache, segment_ids=None, *, fresh=False):
+    """A scan over query blocks, each with the window of new keys before it and the cached ones.
+
+    `fresh`: the cache is known to be empty, so it is not looked at.
+    """
+    steps, span = q.shape[1], cache.slots.shape[1]
+    where = caches.positions(cache.length, segment_ids, steps)
+    final = caches.extend(cache, k, v, where, segment_ids)
+    ids = jnp.zeros((q.shape[0], steps), jnp.int32) if segment_ids is None else segment_ids
+    block = min(QUERY_BLOCK, steps)
+    blocks = -(-steps // block)
+    # Key j of the call sits at reach + j, so that every block finds its window at one static size.
+    reach = min(span - 1, steps - 1) if blocks > 1 else 0
+    tail = blocks * block - steps
+    keys, values, key_ids = (_pad_front(x, reach, tail) for x in (k, v, ids))
+    key_where = _pad_front(where, reach, tail, caches.EMPTY)
+    repeat = q.shape[2] // k.shape[2]
+
+    def score(q, queries, keys, key_positions, same):
+        age = queries[:, :, None] - key_positions[:, None, :]
+        visible = (age >= 0) & (age < span) & same
+        logits = jnp.einsum("bigrk,bjgk->bgrij", q, keys)
+        return jnp.where(visible[:, None, None], logits, -jnp.inf)
+
+    def body(start, inputs):
+        q, queries, query_ids = inputs
+        q = q.reshape(*q.shape[:2], -1, repeat, q.shape[-1])
+        near = [
+            jax.lax.dynamic_slice_in_dim(x, start, reach + block, 1)
+            for x in (keys, values, key_where, key_ids)
+        ]
+        first = query_ids == ids[:, :1]  # the cache belongs to the first token's document
+        logits = score(q, queries, near[0], near[2], query_ids[:, :, None] == near[3][:, None, :])
+        if not fresh:
+            cached = score(q, queries, cache.k, cache.slots, first[:, :, None])
+            logits = jnp.concatenate([logits, cached], -1)
+        weights = jax.nn.softmax(logits, -1)
+        out = jnp.einsum("bgrij,bjgv->bigrv", weights[..., : reach + block], near[1])
+        if not fresh:
+            out += jnp.einsum("bgrij,bjgv->bigrv", weights[..., reach + block :], cache.v)
+        return start + block, out.reshape(*out.shape[:2], -1, out.shape[-1])
+
+    # Padded queries repeat the last position: they see something, and their output is cut off.
+    inputs = (
+        split_time(q, block),
+        split_time(where, block, edge=True),
+        split_time(ids, block, edge=True),
+    )
+    _, out = jax.lax.scan(jax.checkpoint(body), 0, inputs)
+    return join_time(out, steps), final

@@ -1,0 +1,69 @@
+"""Public entry of the op: common dtypes and decay form, choice of implementation."""
+
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, Int
+
+from pallas_kernels.chunks import accumulation_dtype
+from pallas_kernels.decay import full_decay
+from pallas_kernels.dispatch import choose
+from pallas_kernels.gated_delta_rule import reference, xla
+
+IMPLEMENTATIONS = {"reference": reference.gated_delta_rule, "xla": xla.gated_delta_rule}
+
+
+def gated_delta_rule(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T H K"],
+    v: Float[Array, "B T H V"],
+    p: Float[Array, "B T H K"],
+    log_decay: Array | None = None,
+    state: Float[Array, "B H K V"] | None = None,
+    *,
+    segment_ids: Int[Array, "B T"] | None = None,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
+    """`S~ = diag(e^{g_t}) S_{t-1}`, `S_t = S~ + k_t (v_t - S~^T p_t)^T`, `o_t = S_t^T q_t`.
+
+    The write strength is folded in by the caller: the delta rule with rate beta is `v <- beta v`,
+    `p <- beta k`; `p = 0` is gated linear attention. `log_decay` is None (no decay), `[H]`, `[B,T,H]` or
+    `[B,T,H,K]`, natural log, <= 0. The output has v's dtype, the state is at least float32.
+    Raises ValueError for an unknown implementation.
+
+    Chunkwise form: Yang et al. 2024 (arXiv 2406.06484) eq. 8-11, with decay Yang et al. 2024
+    (arXiv 2412.06464) sec. 3.3; the triangular inverse is by halving and substitution.
+    """
+    run = choose("gated_delta_rule", implementation, IMPLEMENTATIONS)
+    dtype = accumulation_dtype(q, k, v, p)
+    if state is None:
+        state = jnp.zeros((v.shape[0], v.shape[2], q.shape[3], v.shape[3]), dtype)
+    wide = [x.astype(dtype) for x in (q, k, v, p, full_decay(log_decay, v))]
+    out, state = run(*wide, state, segment_ids)
+    return out.astype(v.dtype), state
+
+
+def gated_delta_rule_step(
+    q: Float[Array, "B H K"],
+    k: Float[Array, "B H K"],
+    v: Float[Array, "B H V"],
+    p: Float[Array, "B H K"],
+    log_decay: Array | None,
+    state: Float[Array, "B H K V"],
+) -> tuple[Float[Array, "B H V"], Float[Array, "B H K V"]]:
+    """One token of `gated_delta_rule`; `log_decay` is None, `[H]`, `[B,H]` or `[B,H,K]`."""
+    wide = [x.astype(state.dtype) for x in (q, k, v, p, full_decay(log_decay, v))]
+    state, out = reference.step(state, *wide)
+    return out.astype(v.dtype), state
+
+
+def flops_per_token(length: int, heads: int, key_dim: int, value_dim: int, *, channels: bool) -> int:
+    """Forward FLOPs of one token of the chunkwise form: two scores, the inverse and its product with the
+    values, the output; then recall, read and write of the state.
+
+    `channels`: the decay is per key channel, where only the lower triangle of scores is formed.
+    """
+    chunk = xla.chunk_length(length, xla.CHUNK, xla.SMALLEST_BLOCK)
+    scores = 2 * chunk * key_dim * (1 if channels else 2)
+    # Halving multiplies two squares of half the size per block: C^3 (1/2 + 1/8 + ...) = 2 C^3 / 3 per chunk.
+    inverse = 2 * chunk * chunk // 3
+    return heads * (scores + inverse + 4 * chunk * value_dim + 6 * key_dim * value_dim)

@@ -1,0 +1,19 @@
+"""The definition: one token, and its scan."""
+
+import jax.numpy as jnp
+from jax import Array
+
+from pallas_kernels.chunks import scan_tokens
+
+
+def step(state: Array, q: Array, k: Array, v: Array, p: Array, log_decay: Array) -> tuple[Array, Array]:
+    """One token. `state [B,H,K,V]`, `q, k, p [B,H,K]`, `v [B,H,V]`, `log_decay [B,H,K]` or `[B,H,1]`."""
+    state = jnp.exp(log_decay)[..., None] * state
+    delta = v - jnp.einsum("bhkv,bhk->bhv", state, p)
+    state = state + k[..., None] * delta[..., None, :]
+    return state, jnp.einsum("bhkv,bhk->bhv", state, q)
+
+
+def gated_delta_rule(q, k, v, p, log_decay, state, segment_ids=None):
+    """Token by token; shapes as in `api.py` after its normalisation (decay `[B,T,H,K or 1]`)."""
+    return scan_tokens(lambda s, x: step(s, *x), state, (q, k, v, p, log_decay), segment_ids)

@@ -1,0 +1,74 @@
+"""Public entry of the op: checks, head sharing, choice of implementation."""
+
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, Int
+
+from pallas_kernels.chunks import accumulation_dtype
+from pallas_kernels.decay import full_decay
+from pallas_kernels.dispatch import choose
+from pallas_kernels.gated_linear_attention import reference, xla
+
+
+def _reference(q, k, v, log_decay, state, segment_ids):
+    repeat = v.shape[2] // q.shape[2]
+    q, k = jnp.repeat(q, repeat, 2), jnp.repeat(k, repeat, 2)
+    return reference.gated_linear_attention(q, k, v, log_decay, state, segment_ids)
+
+
+IMPLEMENTATIONS = {"reference": _reference, "xla": xla.gated_linear_attention}
+
+
+def gated_linear_attention(
+    q: Float[Array, "B T G K"],
+    k: Float[Array, "B T G K"],
+    v: Float[Array, "B T H V"],
+    log_decay: Array | None = None,
+    state: Float[Array, "B H K V"] | None = None,
+    *,
+    segment_ids: Int[Array, "B T"] | None = None,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
+    """`S_t = diag(e^{g_t}) S_{t-1} + k_t v_t^T`, `o_t = S_t^T q_t`.
+
+    `q` and `k` may have fewer heads G than `v`; head h reads key head h // (H/G). `log_decay` is None
+    (no decay), `[H]`, `[B,T,H]` or `[B,T,H,K]`, natural log, <= 0. The output has v's dtype, the state
+    is at least float32. Raises ValueError when H is not a multiple of G or for an unknown implementation.
+
+    Chunkwise form: Yang et al. 2023 (arXiv 2312.06635) eq. 4-6; here with a halving of the triangle in
+    place of their secondary chunking.
+    """
+    if v.shape[2] % q.shape[2]:
+        raise ValueError(f"gated_linear_attention: {v.shape[2]} value heads over {q.shape[2]} key heads")
+    run = choose("gated_linear_attention", implementation, IMPLEMENTATIONS)
+    dtype = accumulation_dtype(q, k, v)
+    if state is None:
+        state = jnp.zeros((v.shape[0], v.shape[2], q.shape[3], v.shape[3]), dtype)
+    wide = [x.astype(dtype) for x in (q, k, v, full_decay(log_decay, v))]
+    out, state = run(*wide, state, segment_ids)
+    return out.astype(v.dtype), state
+
+
+def gated_linear_attention_step(
+    q: Float[Array, "B G K"],
+    k: Float[Array, "B G K"],
+    v: Float[Array, "B H V"],
+    log_decay: Array | None,
+    state: Float[Array, "B H K V"],
+) -> tuple[Float[Array, "B H V"], Float[Array, "B H K V"]]:
+    """One token of `gated_linear_attention`; `log_decay` is None, `[H]`, `[B,H]` or `[B,H,K]`."""
+    decay = full_decay(log_decay, v)
+    repeat = v.shape[1] // q.shape[1]
+    q, k = (jnp.repeat(x, repeat, 1).astype(state.dtype) for x in (q, k))
+    state, out = reference.step(state, q, k, v.astype(state.dtype), decay.astype(state.dtype))
+    return out.astype(v.dtype), state
+
+
+def flops_per_token(length: int, heads: int, key_dim: int, value_dim: int, *, channels: bool) -> int:
+    """Forward FLOPs of one token of the chunkwise form: scores, their product with v, read, write.
+
+    `channels`: the decay is per key channel, where only the lower triangle of scores is formed.
+    """
+    chunk = xla.chunk_length(length, xla.CHUNK, xla.SMALLEST_BLOCK)
+    scores = chunk * key_dim * (1 if channels else 2)
+    return heads * (scores + 2 * chunk * value_dim + 4 * key_dim * value_dim)

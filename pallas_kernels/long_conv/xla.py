@@ -1,0 +1,215 @@
+"""The chunkwise form of a time-invariant state space, and the FFT convolution.
+
+Within a chunk of length C the kernel is a Toeplitz matrix, and tables lead in and out of the state s:
+
+    y_i = sum_{j<=i} K_{i-j} u_j + (C A^{i+1}) s,      s' = A^C s + sum_j A^{C-1-j} B u_j.
+
+The tables are made once for C tokens, whatever T, and all chunks share them: everything but the small
+recurrence over s is one matrix product per channel with all chunks as columns. A tail of r < C tokens
+is a chunk of its own with the tables cut to r, so that the final state is exact for every T.
+
+States are real here: a complex one is stacked to (Re, Im), where A of a conjugate-symmetric system acts as a
+real matrix even if, as with a low-rank term, it couples conjugate halves.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from pallas_kernels.chunks import chunk_segments, segment_starts
+from pallas_kernels.long_conv.kernels import cauchy, powers, truncate, vandermonde
+from pallas_kernels.long_conv.reference import bilinear, dplr_advance
+
+# A power of two. 2 CPU cores, B=1 T=32k D=128 N=64: 64 and 128 are level, 32 and 256 slower.
+CHUNK = 64
+
+
+class Tables(NamedTuple):
+    """A system on stacked states of S real numbers, for chunks of up to C tokens."""
+
+    kernel: Array  # [D,C] K_j = C A^j B
+    read: Array  # [D,C,S] C A^{j+1}
+    write: Array  # [D,C,S] A^{C-1-j} B
+    squares: tuple[Array, ...]  # A, A^2, A^4 ... A^C: `[D,S,S]`, or a diagonal `[D,M]`, real or complex
+
+    def cut(self, length: int) -> "Tables":
+        """For chunks of `length` <= C."""
+        write = self.write[:, self.write.shape[1] - length :]
+        return self._replace(kernel=self.kernel[:, :length], read=self.read[:, :length], write=write)
+
+
+def stack(x: Array, axis: int = -1) -> Array:
+    """A vector of the stored half as real numbers (Re, Im); real vectors as they are."""
+    return jnp.concatenate([x.real, x.imag], axis) if jnp.iscomplexobj(x) else x
+
+
+def unstack(x: Array, like: Array) -> Array:
+    """Inverse of `stack` on the last axis; complex where `like` is."""
+    return jax.lax.complex(*jnp.split(x, 2, -1)) if jnp.iscomplexobj(like) else x
+
+
+def stack_row(x: Array, axis: int = -1) -> Array:
+    """The row r with `r . stack(s) = inner(x, s)`."""
+    return 2 * stack(jnp.conj(x), axis) if jnp.iscomplexobj(x) else x
+
+
+def diagonal_tables(a: Array, b: Array, c: Array) -> Tables:
+    """Tables of `diagonal_step`'s system `a, b, c [D,M]`."""
+    table = jnp.swapaxes(powers(a, CHUNK), 1, 2)
+    squares = [a]
+    while 1 << (len(squares) - 1) < CHUNK:
+        squares.append(squares[-1] * squares[-1])
+    return Tables(
+        kernel=vandermonde(a, b * c, CHUNK),
+        read=stack_row((a * c)[:, None] * table),
+        write=stack(b[:, None] * table[:, ::-1]),
+        squares=tuple(squares),
+    )
+
+
+def dplr_tables(lam: Array, p: Array, b: Array, c: Array, dt: Array) -> Tables:
+    """Tables of `dplr_step`'s system: powers by doubling, the kernel from its generating function."""
+    system = bilinear(lam, p, b, dt)
+    channels, size = lam.shape[0], 2 * lam.shape[1]
+    basis = jnp.broadcast_to(jnp.eye(size, dtype=lam.real.dtype)[:, None], (size, channels, size))
+    square = jnp.moveaxis(stack(dplr_advance(unstack(basis, lam), system)), 0, 2)
+    read = jnp.einsum("dm,dmn->dn", stack_row(c), square)[:, None]
+    write = stack(dplr_advance(jnp.zeros_like(lam), system, system.b))[:, None]
+    squares = [square]
+    while read.shape[1] < CHUNK:
+        read = jnp.concatenate([read, jnp.matmul(read, square)], 1)
+        write = jnp.concatenate([jnp.einsum("djm,dnm->djn", write, square), write], 1)
+        square = jnp.matmul(square, square)
+        squares.append(square)
+    kernel = cauchy(lam, p, b, truncate(c, read[:, -1]), dt, CHUNK)
+    return Tables(kernel, read, write, tuple(squares))
+
+
+def _advance(squares: tuple[Array, ...], state: Array, steps: int) -> Array:
+    """`A^steps` on stacked states `[B,D,S]`, `steps` <= C a Python integer."""
+    for bit, square in enumerate(squares):
+        if steps >> bit & 1:
+            if square.ndim == 3:
+                state = jnp.einsum("dmn,bdn->bdm", square, state)
+            else:
+                state = stack(square * unstack(state, square))
+    return state
+
+
+def toeplitz(kernel: Array) -> Array:
+    """`[D,C] -> [D,C,C]`: entry (j, i) is K_{i-j}, or 0 where i < j. By reshaping: no gather, no scatter."""
+    size = kernel.shape[1]
+    row = jnp.pad(kernel, ((0, 0), (0, size)))
+    rows = jnp.tile(row, (1, size))[:, : size * (2 * size - 1)]
+    return rows.reshape(-1, size, 2 * size - 1)[..., :size]
+
+
+@jax.custom_vjp
+def _within_runs(x: Array, table: Array, run: Array) -> Array:
+    """`y_i = sum_j [run_i == run_j] table_ji x_j`: `x [D,m,C]`, `table [D,C,C]`, `run [m,C]` from 0.
+
+    One product for each run of the chunk with the most runs: the mask of one run is a mask of rows times a
+    mask of columns. Exact zeros cross a boundary, and documents longer than a chunk need two products.
+    """
+
+    def add(r, y):
+        here = run == r
+        return y + jnp.where(here, jnp.matmul(jnp.where(here, x, 0), table), 0)
+
+    return jax.lax.fori_loop(0, jnp.max(run) + 1, add, jnp.zeros_like(x))
+
+
+def _within_runs_forward(x, table, run):
+    return _within_runs(x, table, run), (x, table, run)
+
+
+def _within_runs_backward(saved, dy):
+    # Written out because a loop of unknown length has no reverse derivative; linear in x and in table.
+    x, table, run = saved
+
+    def add(r, gradients):
+        here = run == r
+        dx, dtable = gradients
+        own = jnp.where(here, dy, 0)
+        dx = dx + jnp.where(here, jnp.einsum("dmi,dji->dmj", own, table), 0)
+        return dx, dtable + jnp.einsum("dmj,dmi->dji", jnp.where(here, x, 0), own)
+
+    zeros = (jnp.zeros_like(x), jnp.zeros_like(table))
+    return *jax.lax.fori_loop(0, jnp.max(run) + 1, add, zeros), None
+
+
+_within_runs.defvjp(_within_runs_forward, _within_runs_backward)
+
+
+def _chunks(u: Array, tables: Tables, state: Array, run: Array | None, carry_run: Array | None):
+    """Whole chunks: `u [B,n,C,D]`, stacked `state [B,D,S]`, `run [B,n,C]`, `carry_run [B]` the state's."""
+    batch, count, chunk, width = u.shape
+    x = jnp.moveaxis(u, 3, 0).reshape(width, batch * count, chunk)
+    keep = jnp.ones((count, batch, 1, 1), bool)
+    source = x
+    if run is None:
+        out = jnp.matmul(x, toeplitz(tables.kernel))
+    else:
+        before = jnp.concatenate([carry_run[:, None], run[:, :-1, -1]], 1)
+        run = run.reshape(-1, chunk)
+        segments = chunk_segments(run, before.reshape(-1))
+        out = _within_runs(x, toeplitz(tables.kernel), run - run[:, :1])
+        source = jnp.where(segments.into_carry, x, 0)
+        keep = segments.keep.reshape(batch, count).T[..., None, None]
+    write = jnp.matmul(source, tables.write).reshape(width, batch, count, -1)
+
+    def cross(state, chunk_inputs):
+        keep, write = chunk_inputs
+        return jnp.where(keep, _advance(tables.squares, state, chunk), 0) + write, state
+
+    state, entering = jax.lax.scan(cross, state, (keep, jnp.moveaxis(write, 0, 2).swapaxes(0, 1)))
+    entering = jnp.moveaxis(entering, (2, 1), (0, 1)).reshape(width, batch * count, -1)
+    past = jnp.einsum("dms,dis->dmi", entering, tables.read)
+    out = out + (past if run is None else jnp.where(segments.from_carry, past, 0))
+    return jnp.moveaxis(out.reshape(width, batch, count * chunk), 0, 2), state
+
+
+def _run(u: Array, tables: Tables, state: Array, segment_ids: Array | None):
+    """Full chunks, then the tail as a shorter one; `u [B,T,D]`, stacked `state [B,D,S]`."""
+    batch, length, width = u.shape
+    full = length - length % CHUNK
+    # Counting the starts makes ids that come back later a segment of their own.
+    run = None if segment_ids is None else jnp.cumsum(segment_starts(segment_ids), 1)
+    outputs = []
+    for start, stop, chunk in ((0, full, CHUNK), (full, length, length - full)):
+        if start < stop:
+            ids = None if run is None else run[:, start:stop].reshape(batch, -1, chunk)
+            carry = None if run is None else run[:, max(start - 1, 0)]
+            piece = u[:, start:stop].reshape(batch, -1, chunk, width)
+            out, state = _chunks(piece, tables.cut(chunk), state, ids, carry)
+            outputs.append(out)
+    return jnp.concatenate(outputs, 1), state
+
+
+def diagonal_ssm(u, a, b, c, state, segment_ids=None):
+    """Chunk by chunk; shapes as in `api.py`."""
+    with jax.default_matmul_precision("highest"):
+        tables = diagonal_tables(a, b, c)
+    out, final = _run(u, tables, stack(state), segment_ids)
+    return out, unstack(final, state)
+
+
+def dplr_ssm(u, lam, p, b, c, dt, state, segment_ids=None):
+    """Chunk by chunk; shapes as in `api.py`."""
+    # Rounding of the tables stays in the state for as long as it remembers: no shortened mantissas here.
+    with jax.default_matmul_precision("highest"):
+        tables = dplr_tables(lam, p, b, c, dt)
+    out, final = _run(u, tables, stack(state), segment_ids)
+    return out, unstack(final, state)
+
+
+def long_conv(u, kernel):
+    """By FFT of twice the length; `u [B,T,D]`, `kernel [D,T]`, float32 or wider."""
+    size = 1 << (2 * u.shape[1] - 1).bit_length()
+    # One transform for all: jax 0.11 on few CPU cores can deadlock on several independent ones.
+    both = jnp.concatenate([jnp.swapaxes(u, 1, 2), kernel[None]])
+    spectrum = jnp.fft.rfft(both, size, axis=-1)
+    out = jnp.fft.irfft(spectrum[:-1] * spectrum[-1], size, axis=-1)
+    return jnp.swapaxes(out[..., : u.shape[1]], 1, 2)

@@ -1,0 +1,42 @@
+"""Public entry of the op."""
+
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Bool, Float, Int
+
+from pallas_kernels.chunks import accumulation_dtype
+from pallas_kernels.dispatch import choose
+from pallas_kernels.short_conv import reference, xla
+
+IMPLEMENTATIONS = {"reference": reference.short_conv, "xla": xla.short_conv}
+
+
+def short_conv(
+    x: Float[Array, "B T D"],
+    weight: Float[Array, "k D"],
+    state: Float[Array, "B k-1 D"] | None = None,
+    *,
+    segment_ids: Int[Array, "B T"] | None = None,
+    mask: Bool[Array, "B T"] | None = None,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "B T D"], Float[Array, "B k-1 D"]]:
+    """`y_t = sum_{s<k} weight[k-1-s] * x_{t-s}` per channel, nothing crossing a segment boundary.
+
+    `state` holds the last k-1 inputs, oldest first. Where `mask` is false the token is not part of the
+    stream: no later token sees it, the state does not move and its output is 0. The output has x's dtype.
+    Raises ValueError for an unknown implementation.
+    """
+    run = choose("short_conv", implementation, IMPLEMENTATIONS)
+    dtype = accumulation_dtype(x, weight)
+    if state is None:
+        state = jnp.zeros((x.shape[0], weight.shape[0] - 1, x.shape[2]), dtype)
+    out, state = run(x.astype(dtype), weight.astype(dtype), state.astype(dtype), segment_ids, mask)
+    return out.astype(x.dtype), state
+
+
+def short_conv_step(
+    x: Float[Array, "B D"], weight: Float[Array, "k D"], state: Float[Array, "B k-1 D"]
+) -> tuple[Float[Array, "B D"], Float[Array, "B k-1 D"]]:
+    """One token of `short_conv`."""
+    state, out = reference.step(state, x.astype(state.dtype), weight.astype(state.dtype))
+    return out.astype(x.dtype), state

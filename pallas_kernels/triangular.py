@@ -1,0 +1,57 @@
+"""The inverse of I + A for strictly lower triangular A: what the delta rules solve in every chunk."""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+# Rows up to here are substituted one by one. Of 2, 4, 8, 16 the fastest on CPU, forward and in compile time.
+SMALLEST_BLOCK = 8
+
+
+def _substitute(a: Array) -> Array:
+    """Row i of the inverse is `e_i - sum_{j<i} A_ij row_j`."""
+    identity = jnp.eye(a.shape[-1], dtype=a.dtype)
+    rows: list[Array] = []
+    for i in range(a.shape[-1]):
+        row = jnp.broadcast_to(identity[i], (*a.shape[:-2], a.shape[-1]))
+        for j, earlier in enumerate(rows):
+            row = row - a[..., i, j, None] * earlier
+        rows.append(row)
+    return jnp.stack(rows, -2)
+
+
+def _inverse(a: Array) -> Array:
+    size = a.shape[-1]
+    if size <= SMALLEST_BLOCK:
+        return _substitute(a)
+    half = size // 2
+    # Both halves at once, so that the depth of the recursion is the only thing that grows.
+    first, second = _inverse(jnp.stack([a[..., :half, :half], a[..., half:, half:]]))
+    below = -second @ (a[..., half:, :half] @ first)
+    top = jnp.concatenate([first, jnp.zeros_like(below)], -1)
+    return jnp.concatenate([top, jnp.concatenate([below, second], -1)], -2)
+
+
+@jax.custom_vjp
+def unit_lower_inverse(a: Array) -> Array:
+    """`X = (I + A)^{-1}` for strictly lower triangular `a [..., C, C]`, C a power of two (or at most 8).
+
+    Halving: the inverse of [[L1, 0], [A21, L2]] is [[X1, 0], [-X2 A21 X1, X2]], down to blocks of 8 rows,
+    which are substituted. Every intermediate is part of the answer, so that it is as exact for equal keys as
+    for random ones; the product (I - A)(I + A^2)(I + A^4)... is not: A's powers grow like binomials.
+    The gradient is `-strict_lower(X^T dX X^T)`.
+    """
+    return _inverse(a)
+
+
+def _forward(a: Array) -> tuple[Array, Array]:
+    x = _inverse(a)
+    return x, x
+
+
+def _backward(x: Array, dx: Array) -> tuple[Array]:
+    transposed = jnp.swapaxes(x, -1, -2)
+    return (-jnp.tril(transposed @ dx @ transposed, -1),)
+
+
+unit_lower_inverse.defvjp(_forward, _backward)

@@ -1,0 +1,342 @@
+"""The one suite that every layer passes: values and gradients, in float64 to 1e-9.
+
+Rows come from `tests/rows.py`; a new architecture adds a row there and nothing here.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, PartitionSpec
+from rows import LONG_ROWS, ROWS, WIDTH
+
+from zoo import registry
+
+TOLERANCE = 1e-9
+# Relative RMS error of bfloat16 activations against float32 ones.
+BF16_BOUND = 4e-2
+LENGTH = 37
+
+by_row = pytest.mark.parametrize("name", ROWS)
+
+
+def setup(name, length=LENGTH, batch=2, seed=0):
+    """Layer module, Config, parameters (perturbed, so that no gate sits at a symmetric point), inputs."""
+    cfg = ROWS[name]
+    layer = registry.module(cfg)
+    keys = jax.random.split(jax.random.key(seed), 3)
+    params = layer.init(keys[0], cfg)
+    leaves, tree = jax.tree.flatten(params)
+    noise = jax.random.split(keys[1], len(leaves))
+    leaves = [p + 0.1 * jax.random.normal(k, p.shape, p.dtype) for p, k in zip(leaves, noise, strict=True)]
+    x = jax.random.normal(keys[2], (batch, length, cfg.width))
+    return layer, cfg, jax.tree.unflatten(tree, leaves), x
+
+
+def functional(tree):
+    """A generic smooth number of a pytree: every float and complex leaf counts, with its own weights."""
+    total = 0.0
+    for i, leaf in enumerate(jax.tree.leaves(tree)):
+        if jnp.issubdtype(leaf.dtype, jnp.inexact):
+            weights = jnp.cos(jnp.arange(leaf.size) * 0.7 + i).reshape(leaf.shape)
+            for part in (leaf.real, leaf.imag) if jnp.iscomplexobj(leaf) else (leaf,):
+                total = total + jnp.sum(weights * part) + 0.1 * jnp.sum(part * part)
+    return total
+
+
+def values_and_gradients(run, *args):
+    """Outputs of `run(*args) -> (y, state)` and the gradients of a functional of both."""
+
+    def loss(*args):
+        out = run(*args)
+        return functional(out), out
+
+    gradients, out = jax.jit(
+        jax.grad(loss, argnums=tuple(range(len(args))), has_aux=True, allow_int=True)
+    )(*args)
+    return out, gradients
+
+
+def assert_close(actual, desired, tolerance=TOLERANCE):
+    assert jax.tree.structure(actual) == jax.tree.structure(desired)
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(desired), strict=True):
+        if a.dtype == jax.dtypes.float0:
+            continue
+        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
+
+
+def whole(layer, cfg):
+    def run(params, x, state):
+        y, state, _ = layer.apply(params, cfg, x, state)
+        return y, state
+
+    return run
+
+
+def by_steps(layer, cfg):
+    def run(params, x, state):
+        def body(state, x_t):
+            y, state = layer.step(params, cfg, x_t, state)
+            return state, y
+
+        state, y = jax.lax.scan(body, state, jnp.swapaxes(x, 0, 1))
+        return jnp.swapaxes(y, 0, 1), state
+
+    return run
+
+
+def in_pieces(layer, cfg, *cuts):
+    def run(params, x, state):
+        out = []
+        for piece in jnp.split(x, cuts, 1):
+            y, state, _ = layer.apply(params, cfg, piece, state)
+            out.append(y)
+        return jnp.concatenate(out, 1), state
+
+    return run
+
+
+def warm_state(layer, cfg, params, batch=2):
+    """A state that has seen something, of a length that fits no chunk."""
+    past = jax.random.normal(jax.random.key(9), (batch, 5, cfg.width))
+    return layer.apply(params, cfg, past)[1]
+
+
+@by_row
+def test_step_equals_apply(name):
+    layer, cfg, params, x = setup(name)
+    state = warm_state(layer, cfg, params)
+    expected = values_and_gradients(by_steps(layer, cfg), params, x, state)
+    assert_close(values_and_gradients(whole(layer, cfg), params, x, state), expected)
+
+
+@by_row
+@pytest.mark.parametrize("cuts", [(1, 18), (30,)])
+def test_pieces_equal_the_whole(name, cuts):
+    layer, cfg, params, x = setup(name)
+    state = layer.init_state(cfg, 2)
+    expected = values_and_gradients(whole(layer, cfg), params, x, state)
+    assert_close(values_and_gradients(in_pieces(layer, cfg, *cuts), params, x, state), expected)
+
+
+@by_row
+def test_no_state_is_the_empty_state(name):
+    layer, cfg, params, x = setup(name)
+    with_state = jax.jit(whole(layer, cfg))(params, x, layer.init_state(cfg, 2))
+    y, state, _ = jax.jit(functools.partial(layer.apply, cfg=cfg))(params, x=x)
+    assert_close((y, state), with_state)
+
+
+@by_row
+@pytest.mark.parametrize("length", [1, 3])
+def test_short_sequences(name, length):
+    layer, cfg, params, x = setup(name, length)
+    state = warm_state(layer, cfg, params)
+    expected = values_and_gradients(by_steps(layer, cfg), params, x, state)
+    assert_close(values_and_gradients(whole(layer, cfg), params, x, state), expected)
+
+
+@by_row
+def test_implementations_agree(name):
+    layer, cfg, params, x = setup(name)
+    out = [
+        jax.jit(lambda p, x, i=i: layer.apply(p, cfg, x, implementation=i)[:2])(params, x)
+        for i in (None, "reference")
+    ]
+    assert_close(*out)
+    with pytest.raises(ValueError, match="no implementation 'abacus'"):
+        layer.apply(params, cfg, x, implementation="abacus")
+
+
+@by_row
+def test_causal_in_time_and_across_the_batch(name):
+    """d y[b, t] / d x[b', t'] is exactly zero for t' > t and for b' != b."""
+    layer, cfg, params, x = setup(name)
+    direction = jax.random.normal(jax.random.key(3), (cfg.width,))
+
+    @jax.jit
+    @jax.vmap
+    def gradient(t):
+        return jax.grad(lambda x: layer.apply(params, cfg, x)[0][0, t] @ direction)(x)
+
+    times = np.arange(0, LENGTH, 4)
+    for t, g in zip(times, gradient(times), strict=True):
+        assert np.all(g[0, t + 1 :] == 0)
+        assert np.all(g[1] == 0)
+        assert np.any(g[0, t] != 0)
+
+
+# Row 0 has boundaries inside and at the end of chunks and a document of one token; row 1 has two documents.
+DOCUMENTS = [[5, 1, 11, 15, 5], [32, 5]]
+
+
+@by_row
+def test_packed_equals_separate(name):
+    layer, cfg, params, x = setup(name)
+    ids = jnp.array([np.repeat(np.arange(len(d)) + 3, d) for d in DOCUMENTS])
+    state = warm_state(layer, cfg, params)
+
+    def packed(params, x, state):
+        y, state, _ = layer.apply(params, cfg, x, state, segment_ids=ids)
+        return y, state
+
+    def separate(params, x, state):
+        rows, states = [], []
+        for b, lengths in enumerate(DOCUMENTS):
+            own, out = jax.tree.map(lambda s, b=b: s[b : b + 1], state), []
+            for piece in jnp.split(x[b : b + 1], np.cumsum(lengths)[:-1], 1):
+                y, last, _ = layer.apply(params, cfg, piece, own)
+                out.append(y)
+                own = layer.init_state(cfg, 1)
+            rows.append(jnp.concatenate(out, 1))
+            states.append(last)
+        return jnp.concatenate(rows), jax.tree.map(lambda *s: jnp.concatenate(s), *states)
+
+    def comparable(run):
+        """What a ring buffer holds in slots it never reads again is not part of the state's meaning."""
+
+        def outputs(params, x, state):
+            y, state = run(params, x, state)
+            probe = jax.random.normal(jax.random.key(4), (2, 6, cfg.width))
+            return y, layer.apply(params, cfg, probe, state)[0]
+
+        return outputs
+
+    expected = values_and_gradients(comparable(separate), params, x, state)
+    assert_close(values_and_gradients(comparable(packed), params, x, state), expected)
+
+
+@by_row
+def test_one_document_ids_change_nothing(name):
+    layer, cfg, params, x = setup(name)
+    state = warm_state(layer, cfg, params)
+    ids = jnp.full(x.shape[:2], 7)
+    plain = jax.jit(whole(layer, cfg))(params, x, state)
+    y, new, _ = jax.jit(lambda p, x, s: layer.apply(p, cfg, x, s, segment_ids=ids))(params, x, state)
+    assert_close((y, new), plain)
+
+
+@by_row
+def test_bfloat16(name, float32):
+    layer, cfg, params, x = setup(name)
+    y32, state32, _ = jax.jit(functools.partial(layer.apply, cfg=cfg))(params, x=x)
+    y16, state16, _ = jax.jit(functools.partial(layer.apply, cfg=cfg))(params, x=x.astype(jnp.bfloat16))
+    assert y16.dtype == jnp.bfloat16
+    assert jax.tree.map(lambda s: s.dtype, state16) == jax.tree.map(lambda s: s.dtype, state32)
+    error = jnp.sqrt(jnp.mean((y16.astype(jnp.float32) - y32) ** 2) / jnp.mean(y32**2))
+    assert error < BF16_BOUND, f"relative RMS error {error:.3f}"
+
+
+@by_row
+@pytest.mark.parametrize("scale", [0.0, 100.0])
+def test_extreme_gates(name, scale, float32):
+    """Inputs that drive every gate to its ends (or leave it at its bias) give finite values, gradients."""
+    layer, cfg, params, x = setup(name)
+    state = warm_state(layer, cfg, params)
+    out = values_and_gradients(whole(layer, cfg), params, scale * x, state)
+    for leaf in jax.tree.leaves(out):
+        assert leaf.dtype == jax.dtypes.float0 or np.all(np.isfinite(leaf))
+
+
+@pytest.mark.parametrize("name", LONG_ROWS)
+def test_very_long_sequence(name, float32):
+    layer, cfg, params, x = setup(name, 65_536, batch=1)
+
+    @jax.jit
+    @jax.value_and_grad
+    def loss(params):
+        y, state, _ = layer.apply(params, cfg, x)
+        return jnp.mean(y**2) + 1e-3 * functional(state)
+
+    for leaf in jax.tree.leaves(loss(params)):
+        assert np.all(np.isfinite(leaf))
+
+
+@by_row
+def test_state_is_constant_and_documented(name, float32):
+    """Same structure, shapes and dtypes in and out, whatever T; bytes as `state_bytes` says."""
+    layer, cfg, params, _ = setup(name)
+    empty = layer.init_state(cfg, 3)
+    assert sum(leaf.nbytes for leaf in jax.tree.leaves(empty)) == 3 * cfg.state_bytes()
+    shapes = jax.tree.map(lambda s: (s.shape, s.dtype), empty)
+    for length in (1, 50):
+        x = jnp.ones((3, length, cfg.width), jnp.bfloat16)
+        state = jax.eval_shape(lambda p, x: layer.apply(p, cfg, x)[1], params, x)
+        assert jax.tree.map(lambda s: (s.shape, s.dtype), state) == shapes
+    _, stepped = jax.eval_shape(lambda p, x, s: layer.step(p, cfg, x, s), params, x[:, 0], empty)
+    assert jax.tree.map(lambda s: (s.shape, s.dtype), stepped) == shapes
+
+
+@by_row
+def test_vmap_and_remat(name):
+    layer, cfg, params, x = setup(name, batch=4)
+    run = whole(layer, cfg)
+    expected = values_and_gradients(run, params, x, layer.init_state(cfg, 4))
+    assert_close(
+        values_and_gradients(jax.checkpoint(run), params, x, layer.init_state(cfg, 4)), expected
+    )
+    pairs = x.reshape(2, 2, *x.shape[1:])
+    mapped = jax.jit(jax.vmap(lambda x: layer.apply(params, cfg, x)[0]))(pairs)
+    assert_close(mapped.reshape(x.shape), expected[0][0])
+
+
+@by_row
+def test_donated_state(name):
+    layer, cfg, params, x = setup(name)
+    expected = jax.jit(whole(layer, cfg))(params, x, layer.init_state(cfg, 2))
+    donating = jax.jit(whole(layer, cfg), donate_argnums=2)
+    assert_close(donating(params, x, jax.tree.map(jnp.copy, layer.init_state(cfg, 2))), expected)
+
+
+@by_row
+def test_sharded_over_batch_and_time(name):
+    """Batch: shards know nothing of each other. Time: the state travels from shard to shard."""
+    layer, cfg, params, x = setup(name, 32)
+    mesh = Mesh(np.array(jax.devices()[:2]), ("shard",))
+    expected = jax.jit(lambda x: layer.apply(params, cfg, x)[0])(x)
+
+    def batch_shard(x):
+        return layer.apply(params, cfg, x)[0]
+
+    def time_shard(x):
+        state, me = layer.init_state(cfg, x.shape[0]), jax.lax.axis_index("shard")
+        y = jnp.zeros_like(x)
+        for turn in range(2):
+            mine, new, _ = layer.apply(params, cfg, x, state)
+            y = jnp.where(me == turn, mine, y)
+            state = jax.tree.map(lambda s: jax.lax.ppermute(s, "shard", [(0, 1), (1, 0)]), new)
+        return y
+
+    for run, spec in [
+        (batch_shard, PartitionSpec("shard")),
+        (time_shard, PartitionSpec(None, "shard")),
+    ]:
+        sharded = jax.shard_map(run, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+        assert_close(jax.jit(sharded)(x), expected)
+
+
+@by_row
+def test_config_is_static_and_checked(name):
+    cfg = ROWS[name]
+    layer = registry.module(cfg)
+    assert hash(cfg) == hash(type(cfg)(**{f: getattr(cfg, f) for f in cfg.__dataclass_fields__}))
+    assert cfg.width == WIDTH
+    assert cfg.flops_per_token(64) > 2 * WIDTH * WIDTH
+    with pytest.raises(ValueError, match="width"):
+        layer.Config(width=0)
+
+
+@by_row
+def test_parameter_names_tell_the_optimiser(name):
+    """`w_*` has at least two axes and exactly one `w_out` leads back to the width (layers/__init__.py)."""
+    layer, cfg, params, _ = setup(name)
+    paths = {
+        "/".join(k.key for k in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    }
+    for path, leaf in paths.items():
+        if path.rsplit("/", 1)[-1].startswith("w_"):
+            assert leaf.ndim >= 2, path
+    assert sum(path.rsplit("/", 1)[-1] == "w_out" for path in paths) == 1
+    assert {f.name for f in layer.State.__dataclass_fields__.values()}

@@ -1,0 +1,1 @@
+"""Whole models over the layers: language model, classifier, registry, generation, checkpoints."""

@@ -1,0 +1,109 @@
+"""The language model: embedding, blocks, norm, head. The same five verbs as a layer.
+
+    cfg = lm.Config(vocab_size=256, width=128, depth=4, pattern=("mamba", "mamba", "attention"))
+    params = lm.init(key, cfg)
+    logits, state, aux = lm.apply(params, cfg, tokens)          # [B,T] -> [B,T,vocab]
+    logits, state = lm.step(params, cfg, token, state)          # [B]   -> [B,vocab]
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from layers.common import Params, dense, require_positive, rms_norm, weight
+from zoo import blocks
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(blocks.Config):
+    """A language model; fields of the trunk as in `blocks.Config`."""
+
+    vocab_size: int
+    tie: bool = True  # the head is the transposed embedding
+
+    def __post_init__(self):
+        require_positive(self, "vocab_size")
+        super().__post_init__()
+
+
+def init(key: Array, cfg: Config) -> Params:
+    """Embedding normal with standard deviation 0.02 (GPT-2), head alike when it is not tied."""
+    embed_key, trunk_key, head_key = jax.random.split(key, 3)
+    params = {
+        "w_embed": 0.02 * jax.random.normal(embed_key, (cfg.vocab_size, cfg.width)),
+        "blocks": blocks.init(trunk_key, cfg),
+        "norm_final": jnp.ones(cfg.width),
+    }
+    if not cfg.tie:
+        params["w_head"] = weight(head_key, cfg.width, cfg.vocab_size)
+    return params
+
+
+def init_state(cfg: Config, batch: int):
+    """The empty state: what every block remembers of an empty past."""
+    return blocks.init_state(cfg, batch)
+
+
+def hidden(
+    params: Params,
+    cfg: Config,
+    tokens: Array,
+    state=None,
+    *,
+    segment_ids: Array | None = None,
+    implementation: str | None = None,
+    dtype=None,
+):
+    """`tokens [B,T] -> (h [B,T,D], state, aux)`, h after the final norm, computed in `dtype`.
+
+    For losses that need logits only at some positions, or chunk by chunk: see `logits`.
+    """
+    x = params["w_embed"].astype(dtype or params["w_embed"].dtype)[tokens]
+    x, state, aux = blocks.apply(
+        params["blocks"], cfg, x, state, segment_ids=segment_ids, implementation=implementation
+    )
+    return rms_norm(x, params["norm_final"]), state, aux
+
+
+def logits(params: Params, cfg: Config, h: Array) -> Array:
+    """The head: `h [..., D] -> [..., vocab]`, at least float32."""
+    w = params["w_embed"].T if cfg.tie else params["w_head"]
+    return jnp.dot(h, w.astype(h.dtype), preferred_element_type=jnp.promote_types(h.dtype, jnp.float32))
+
+
+def apply(params, cfg, tokens, state=None, *, segment_ids=None, implementation=None, dtype=None):
+    """`tokens [B,T] -> (logits [B,T,vocab], state, aux)`."""
+    h, state, aux = hidden(
+        params, cfg, tokens, state, segment_ids=segment_ids, implementation=implementation, dtype=dtype
+    )
+    return logits(params, cfg, h), state, aux
+
+
+def step(params: Params, cfg: Config, token: Array, state, *, dtype=None):
+    """One token: `token [B] -> (logits [B,vocab], state)`."""
+    x = params["w_embed"].astype(dtype or params["w_embed"].dtype)[token]
+    x, state = blocks.step(params["blocks"], cfg, x, state)
+    return logits(params, cfg, rms_norm(x, params["norm_final"])), state
+
+
+def param_count(cfg: Config) -> int:
+    """Number of parameters, embeddings included; nothing is allocated."""
+    return blocks.count(init, cfg)
+
+
+def state_bytes(cfg: Config) -> int:
+    """Bytes of float32 state for one sequence."""
+    return cfg.trunk_state_bytes()
+
+
+def flops_per_token(cfg: Config, length: int) -> int:
+    """Forward FLOPs of one token of a sequence of `length`, head included."""
+    return cfg.trunk_flops_per_token(length) + 2 * cfg.width * cfg.vocab_size
+
+
+__all__ = [
+    "Config", "apply", "flops_per_token", "hidden", "init", "init_state", "logits", "param_count",
+    "state_bytes", "step",
+]  # fmt: skip
