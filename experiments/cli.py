@@ -60,7 +60,9 @@ def _train(options, rest: list[str]) -> int:
     require(isinstance(run, Run), f"{options.config!r} is a comparison: use `zoo compare {options.config}`")
     result = train(run, directory, tensorboard=options.tensorboard)
     if result.stopped:
-        print(f"stopped by {result.stopped} at step {result.summary['step']}; the same command goes on from here")
+        print(
+            f"stopped by {result.stopped} at step {result.summary['step']}; the same command goes on from here"
+        )
         return 130
     _print_summary(result.summary)
     print(directory)
@@ -77,7 +79,9 @@ def _compare(options, rest: list[str]) -> int:
     from layers.common import require
 
     comparison, directory = _config(options, rest)
-    require(isinstance(comparison, Comparison), f"{options.config!r} is one run: use `zoo train {options.config}`")
+    require(
+        isinstance(comparison, Comparison), f"{options.config!r} is one run: use `zoo train {options.config}`"
+    )
     results = compare(comparison, directory)
     return 0 if len(results) == len(comparison.runs) else 130
 
@@ -91,20 +95,17 @@ def _eval(options) -> int:
 
 def _generate(options) -> int:
     import jax
-    import numpy as np
+    import jax.numpy as jnp
 
-    from experiments.directory import read_config
-    from layers.common import require
-    from zoo import checkpoint, lm
+    from experiments.directory import read_config, read_tokenizer
+    from zoo import checkpoint
     from zoo.generate import generate
 
     run, _ = read_config(options.run)
-    tokenizer = getattr(run.data.build(), "tokenizer", None)
-    require(
-        isinstance(run.model, lm.Config) and tokenizer is not None,
-        f"{options.run} was not trained on text: there is nothing to generate",
-    )
-    prompt = np.array([tokenizer.encode(options.prompt)], np.int32)
+    tokenizer = read_tokenizer(options.run)
+    # A text begins with the separator where documents do in training.
+    start = [] if tokenizer.separator is None else [tokenizer.separator]
+    prompt = jnp.array([[*start, *tokenizer.encode(options.prompt)]], jnp.int32)
     tokens = generate(
         checkpoint.load_params(options.run),
         run.model,
@@ -119,7 +120,9 @@ def _generate(options) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="zoo", description="Recurrent and state-space sequence models in JAX.")
+    parser = argparse.ArgumentParser(
+        prog="zoo", description="Recurrent and state-space sequence models in JAX."
+    )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     verbs.add_parser("list", help="layers and configs")
@@ -132,7 +135,9 @@ def _parser() -> argparse.ArgumentParser:
         )
         sub.add_argument("config", metavar="CONFIG", help="a name from `zoo list`, or a Python file")
         sub.add_argument("--out", metavar="DIR", help="directory of the results (default runs/CONFIG)")
-        sub.add_argument("--show", action="store_true", help="print the config and its documentation, and stop")
+        sub.add_argument(
+            "--show", action="store_true", help="print the config and its documentation, and stop"
+        )
         if verb == "train":
             sub.add_argument("--tensorboard", action="store_true", help="write TensorBoard files too")
 

@@ -1,6 +1,7 @@
 """A run's directory: what is in it, whom it belongs to, and where a continued run takes it up.
 
     config.json      the Run and the fingerprint of its data, written once
+    tokenizer.json   what turns its tokens into text, where they stand for text
     metrics.jsonl    one row per logged step and per evaluation
     checkpoints/     see `zoo.checkpoint`
     summary.json     the result, when the run has ended
@@ -14,8 +15,10 @@ import os
 from pathlib import Path
 from typing import Any, TextIO
 
-from experiments import config
+from experiments import config, tokenizer
 from experiments.config import Run
+from experiments.record import plain
+from experiments.tokenizer import Tokenizer
 
 
 class OtherRunError(ValueError):
@@ -43,6 +46,14 @@ def read_config(directory: str | Path) -> tuple[Run, str]:
         raise FileNotFoundError(f"{directory} is not the directory of a run: it has no config.json")
     saved = json.loads(path.read_text())
     return config.from_dict(saved["run"]), saved["data"]
+
+
+def read_tokenizer(directory: str | Path) -> Tokenizer:
+    """The tokenizer of a run. Raises FileNotFoundError for a run that was not trained on text."""
+    path = Path(directory) / "tokenizer.json"
+    if not path.exists():
+        raise FileNotFoundError(f"{directory} was not trained on text: it has no tokenizer.json")
+    return tokenizer.from_dict(json.loads(path.read_text()))
 
 
 class Directory:
@@ -80,6 +91,11 @@ class Directory:
     def close(self) -> None:
         self._lock.close()
 
+    def write_tokenizer(self, used: Tokenizer | None) -> None:
+        """Keep what decodes the tokens (None: they stand for no text), so that generation needs no data."""
+        if used is not None:
+            write_json(self.path / "tokenizer.json", used.to_dict())
+
     def rows_until(self, step: int) -> list[dict]:
         """Rows of metrics up to `step`; later ones, and one that was cut short, are removed from the file."""
         text = self.metrics.read_text() if self.metrics.exists() else ""
@@ -94,7 +110,7 @@ class Directory:
         return json.loads(path.read_text()) if path.exists() else None
 
     def write_summary(self, summary: dict) -> None:
-        write_json(self.path / "summary.json", summary)
+        write_json(self.path / "summary.json", plain(summary))
 
 
 def _lock(path: Path) -> TextIO:

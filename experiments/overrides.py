@@ -65,7 +65,8 @@ def override(config: Any, changes: dict[str, str]) -> Any:
     All changes are made at once, so that fields that must fit together can be given together.
     Raises ValueError for an unknown field (naming the valid ones) or a value of the wrong type.
     """
-    direct, nested = {}, {}
+    direct: dict[str, Any] = {}
+    nested: dict[str, dict[str, str]] = {}
     for path, value in changes.items():
         name, _, rest = path.partition(".")
         if name not in _fields(config):
@@ -73,7 +74,9 @@ def override(config: Any, changes: dict[str, str]) -> Any:
             close = difflib.get_close_matches(path, paths, 1) or [p for p in paths if p.endswith("." + name)]
             hint = f" (did you mean {close[0]!r}?)" if close else ""
             kind = type(config).__name__
-            raise ValueError(f"unknown field {name!r} of {kind}{hint}; choose from {', '.join(_fields(config))}")
+            raise ValueError(
+                f"unknown field {name!r} of {kind}{hint}; choose from {', '.join(_fields(config))}"
+            )
         if rest:
             nested.setdefault(name, {})[rest] = value
         else:

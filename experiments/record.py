@@ -72,8 +72,9 @@ class Screen:
     """A bar on a terminal or in a notebook, a line now and then elsewhere, nothing when not `shown`."""
 
     def __init__(self, first: int, steps: int, shown: bool = True):
-        self._first, self._steps, self._shown = first, steps, shown
-        self._start = self._last = time.perf_counter()
+        self._steps, self._shown = steps, shown
+        self._began: tuple[int, float] | None = None  # the first step seen and when: compilation came before
+        self._last = time.perf_counter()
         self._bar: Progress | None = None
         console = Console()
         if shown and (console.is_terminal or console.is_jupyter):
@@ -85,12 +86,16 @@ class Screen:
 
     def update(self, step: int, text: str) -> None:
         now = time.perf_counter()
+        self._began = self._began or (step, now)
         if self._bar:
             self._bar.update(self._bar.task_ids[0], completed=step, description=text)
         elif self._shown and (step == self._steps or now - self._last >= SECONDS_BETWEEN_LINES):
             self._last = now
-            left = (now - self._start) / max(step - self._first, 1) * (self._steps - step)
-            print(f"step {step}/{self._steps}  {text}  {left:.0f} s left", flush=True)
+            began, then = self._began
+            left = ""
+            if step > began:
+                left = f"  {(now - then) / (step - began) * (self._steps - step):.0f} s left"
+            print(f"step {step}/{self._steps}  {text}{left}", flush=True)
 
     def say(self, text: str) -> None:
         if self._bar:

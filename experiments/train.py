@@ -73,55 +73,58 @@ def init_state(run: Run, key: Array) -> TrainState:
     return TrainState(zero, zero, zero, params, optimizer.make(run.optimizer, run.steps).init(params))
 
 
-def make_train_step(run: Run):
-    """`(state, batch) -> (state, metrics)`; in `run.accumulate` micro-batches, one after the other.
+def accumulated_gradient(run: Run, params: Any, batch: dict[str, Array]):
+    """`(gradient, mean loss with auxiliary losses, sums, aux)` of a batch, micro-batch by micro-batch.
 
     Losses are summed over labelled positions and divided by their number in the whole batch, so the
     result does not depend on how the batch is cut. Auxiliary losses of the layers weigh by those positions.
-    When the loss or the gradient is not finite, parameters and optimiser stay as they are.
     """
-    update = optimizer.make(run.optimizer, run.steps).update
-    rate = optimizer.schedule(run.optimizer, run.steps)
+    tokens = jnp.maximum((batch["targets"] >= 0).sum(), 1)
     dtype = jnp.dtype(run.compute_dtype)
 
-    def objective(params, batch, tokens):
-        sums, aux = model_losses(params, run.model, batch, chunk=run.loss_chunk, dtype=dtype)
+    def objective(params, part):
+        sums, aux = model_losses(params, run.model, part, chunk=run.loss_chunk, dtype=dtype)
         extra = sum(value for name, value in aux.items() if name.endswith("_loss"))
         return (sums["loss"] + sums["tokens"] * extra) / tokens, (sums, aux)
 
+    def add(grads, part):
+        (loss, (sums, aux)), new = jax.value_and_grad(objective, has_aux=True)(params, part)
+        return jax.tree.map(jnp.add, grads, new), (loss, sums, aux)
+
+    parts = jax.tree.map(lambda x: x.reshape(run.accumulate, -1, *x.shape[1:]), batch)
+    grads, (loss, sums, aux) = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), parts)
+    sums = {name: value.sum() for name, value in sums.items()}
+    return grads, loss.sum(), sums, {name: value.mean(0) for name, value in aux.items()}
+
+
+def make_train_step(run: Run):
+    """`(state, batch) -> (state, metrics)`.
+
+    When the loss or the gradient is not finite, parameters and optimiser stay as they are, and so does the
+    schedule, which counts the updates that were made.
+    """
+    update = optimizer.make(run.optimizer, run.steps).update
+    rate = optimizer.schedule(run.optimizer, run.steps)
+
     def train_step(state: TrainState, batch: dict[str, Array]):
-        tokens = jnp.maximum((batch["targets"] >= 0).sum(), 1)
-        micro = jax.tree.map(lambda x: x.reshape(run.accumulate, -1, *x.shape[1:]), batch)
-
-        def add(grads, part):
-            (loss, (sums, aux)), new = jax.value_and_grad(objective, has_aux=True)(state.params, part, tokens)
-            return jax.tree.map(jnp.add, grads, new), (loss, sums, aux)
-
-        zeros = jax.tree.map(jnp.zeros_like, state.params)
-        grads, (loss, sums, aux) = jax.lax.scan(add, zeros, micro)
+        grads, loss, sums, aux = accumulated_gradient(run, state.params, batch)
         norm = optax.tree.norm(grads)
-        ok = jnp.isfinite(loss.sum()) & jnp.isfinite(norm)
+        ok = jnp.isfinite(loss) & jnp.isfinite(norm)
         updates, opt_state = update(grads, state.opt_state, state.params)
         proposed = (optax.apply_updates(state.params, updates), opt_state)
         kept = (state.params, state.opt_state)
         params, opt_state = jax.tree.map(lambda new, old: jnp.where(ok, new, old), proposed, kept)
-        new = TrainState(
-            step=state.step + 1,
-            bad_steps=state.bad_steps + ~ok,
-            bad_in_row=jnp.where(ok, 0, state.bad_in_row + 1),
-            params=params,
-            opt_state=opt_state,
-        )
+        bad_steps, bad_in_row = state.bad_steps + ~ok, jnp.where(ok, 0, state.bad_in_row + 1)
         metrics = {
-            "loss": sums["loss"].sum() / tokens,
-            "accuracy": sums["correct"].sum() / tokens,
+            "loss": sums["loss"] / jnp.maximum(sums["tokens"], 1),
+            "accuracy": sums["correct"] / jnp.maximum(sums["tokens"], 1),
             "grad_norm": norm,
             "lr": rate(state.step - state.bad_steps),
-            "bad_steps": new.bad_steps,
-            "bad_in_row": new.bad_in_row,
-            **{name: value.mean(0) for name, value in aux.items()},
+            "bad_steps": bad_steps,
+            "bad_in_row": bad_in_row,
+            **aux,
         }
-        return new, metrics
+        return TrainState(state.step + 1, bad_steps, bad_in_row, params, opt_state), metrics
 
     return train_step
 
@@ -350,6 +353,8 @@ def train(
         home = None
         if directory is not None:
             home = stack.enter_context(closing(Directory(directory, run, source.fingerprint)))
+        if home:
+            home.write_tokenizer(getattr(source, "tokenizer", None))
         loop = _Loop(run, source, home)
         rows = home.rows_until(loop.done) if home else []
         recorder = stack.enter_context(closing(Recorder(home.metrics if home else None, rows, tensorboard)))

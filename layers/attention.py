@@ -8,7 +8,9 @@ grows past `max_length` step by step attends to its last `max_length` tokens.
 
 Sources: Vaswani et al. 2017 (arXiv 1706.03762) eq. 1; Su et al. 2021 (arXiv 2104.09864) eq. 34 (rotary);
 Ainslie et al. 2023 (arXiv 2305.13245) (grouped queries); Beltagy et al. 2020 (arXiv 2004.05150) (window).
-The window counts the query's own token, so `window=1` sees only itself.
+The window counts the query's own token, so `window=1` sees only itself. `conv` adds a short causal
+convolution (linear, no activation) on q, k and v before the rotation, which lets one layer bind a token to the
+one before it (Arora et al. 2023, arXiv 2312.04927).
 """
 
 from dataclasses import dataclass
@@ -20,13 +22,16 @@ from jax import Array
 
 from layers.common import (
     Params,
+    conv_init,
+    conv_state,
     dense,
-    dense_heads,
     merge_heads,
     require,
     require_divides,
     require_positive,
     rotary,
+    short_conv,
+    short_conv_step,
     weight,
 )
 from pallas_kernels.attention import (
@@ -50,6 +55,7 @@ class Config:
     window: int | None = None  # None: full attention
     max_length: int = 2048  # longest sequence of full attention: the slots of its state
     rope_base: float | None = 10000.0  # None: no positions
+    conv: int = 0  # taps of the short convolution on q, k, v; 0 for none
 
     def __post_init__(self):
         require_positive(self, "width", "heads", "max_length", "G", "span")
@@ -59,6 +65,7 @@ class Config:
             self.heads % self.G == 0,
             f"attention: kv_heads={self.kv_heads} does not divide heads={self.heads}",
         )
+        require(self.conv >= 0, f"attention: conv={self.conv} must be >= 0")
         require(
             self.rope_base is None or self.K % 2 == 0,
             f"attention: rotary positions need an even head width, not {self.K}",
@@ -76,39 +83,51 @@ class Config:
     def span(self) -> int:
         return self.max_length if self.window is None else self.window
 
+    @property
+    def channels(self) -> int:
+        """Of q, k and v together."""
+        return (self.heads + 2 * self.G) * self.K
+
     def state_bytes(self) -> int:
-        """`4 span (2 G K + 1) + 4`: keys, values, slot positions, and the length."""
-        return 4 * self.span * (2 * self.G * self.K + 1) + 4
+        """`4 (span (2 G K + 1) + 1 + (conv - 1)(H + 2 G) K)`: keys, values, slot positions, length, windows."""
+        window = max(self.conv - 1, 0) * self.channels
+        return 4 * (self.span * (2 * self.G * self.K + 1) + 1 + window)
 
     def flops_per_token(self, length: int) -> int:
-        projections = 2 * self.width * self.K * (self.heads + self.G)
+        projections = self.width * (self.channels + self.heads * self.K) + self.conv * self.channels
         return 2 * projections + flops_per_token(length, self.span, self.heads, self.K, self.K)
 
 
 @struct.dataclass
 class State:
     cache: Cache  # the last `span` keys and values
+    conv: Array  # [B, conv - 1, (H + 2 G) K]
 
 
 def init(key: Array, cfg: Config) -> Params:
-    q_key, k_key, v_key, out_key = jax.random.split(key, 4)
-    return {
-        "w_q": weight(q_key, cfg.width, cfg.heads * cfg.K),
-        "w_k": weight(k_key, cfg.width, cfg.G * cfg.K),
-        "w_v": weight(v_key, cfg.width, cfg.G * cfg.K),
+    """Projections with unit-variance outputs."""
+    in_key, out_key, conv_key = jax.random.split(key, 3)
+    params = {
+        "w_qkv": weight(in_key, cfg.width, cfg.channels),
         "w_out": weight(out_key, cfg.heads * cfg.K, cfg.width),
     }
+    if cfg.conv:
+        params["conv"] = conv_init(conv_key, cfg.conv, cfg.channels)
+    return params
 
 
 def init_state(cfg: Config, batch: int) -> State:
-    return State(cache=empty_cache(batch, cfg.span, cfg.G, cfg.K, cfg.K))
+    return State(
+        cache=empty_cache(batch, cfg.span, cfg.G, cfg.K, cfg.K),
+        conv=conv_state(batch, max(cfg.conv, 1), cfg.channels),
+    )
 
 
-def _project(params: Params, cfg: Config, x: Array, position: Array) -> tuple[Array, Array, Array]:
+def _heads(cfg: Config, qkv: Array, position: Array) -> tuple[Array, Array, Array]:
     """Rotated, scaled q `[..., H, K]`, rotated k and v `[..., G, K]`."""
-    q = dense_heads(x, params["w_q"], cfg.heads) * cfg.K**-0.5
-    k = dense_heads(x, params["w_k"], cfg.G)
-    v = dense_heads(x, params["w_v"], cfg.G)
+    qkv = qkv.reshape(*qkv.shape[:-1], -1, cfg.K)
+    q, k, v = jnp.split(qkv, [cfg.heads, cfg.heads + cfg.G], -2)
+    q = q * cfg.K**-0.5
     if cfg.rope_base is not None:
         q, k = rotary(q, position, cfg.rope_base), rotary(k, position, cfg.rope_base)
     return q, k, v
@@ -124,17 +143,24 @@ def apply(params, cfg, x, state=None, *, segment_ids=None, implementation=None):
         f"attention: {x.shape[1]} tokens are more than max_length={cfg.max_length}; raise it or set window",
     )
     past = jnp.zeros(x.shape[0], jnp.int32) if state is None else state.cache.length
+    qkv = dense(x, params["w_qkv"])
+    conv = init_state(cfg, x.shape[0]).conv if state is None else state.conv
+    if cfg.conv:
+        qkv, conv = short_conv(qkv, params["conv"], conv, segment_ids=segment_ids)
     o, cache = attention(
-        *_project(params, cfg, x, positions(past, segment_ids, x.shape[1])),
+        *_heads(cfg, qkv, positions(past, segment_ids, x.shape[1])),
         cfg.span,
         None if state is None else state.cache,
         segment_ids=segment_ids,
         implementation=implementation,
     )
-    return dense(merge_heads(o), params["w_out"]), State(cache=cache), {}
+    return dense(merge_heads(o), params["w_out"]), State(cache=cache, conv=conv), {}
 
 
 def step(params, cfg, x_t, state):
     """One token: `x_t [B,D] -> (y_t [B,D], State)`."""
-    o, cache = attention_step(*_project(params, cfg, x_t, state.cache.length), state.cache)
-    return dense(merge_heads(o), params["w_out"]), State(cache=cache)
+    qkv, conv = dense(x_t, params["w_qkv"]), state.conv
+    if cfg.conv:
+        qkv, conv = short_conv_step(qkv, params["conv"], conv)
+    o, cache = attention_step(*_heads(cfg, qkv, state.cache.length), state.cache)
+    return dense(merge_heads(o), params["w_out"]), State(cache=cache, conv=conv)

@@ -77,7 +77,9 @@ class Config:
         if self.key_dim is None or self.value_dim is None:
             require_divides(self, "heads", "width")
         require(self.K >= 1 and self.V >= 1, f"gated_linear_attention: key_dim={self.K}, value_dim={self.V}")
-        require(self.gate_temperature > 0, f"gated_linear_attention: gate_temperature={self.gate_temperature}")
+        require(
+            self.gate_temperature > 0, f"gated_linear_attention: gate_temperature={self.gate_temperature}"
+        )
         require(self.conv >= 0, f"gated_linear_attention: conv={self.conv} must be >= 0")
         require_choice(self, "decay", DECAYS)
         require_choice(self, "feature_map", tuple(FEATURE_MAPS))
@@ -208,7 +210,5 @@ def step(params, cfg, x_t, state):
     qkv, conv = dense(x_t, params["w_qkv"]), state.conv
     if cfg.conv:
         qkv, conv = short_conv_step(qkv, params["conv"], conv)
-    o, memory = gated_linear_attention_step(
-        *_heads(cfg, qkv), _log_decay(params, cfg, x_t), state.memory
-    )
+    o, memory = gated_linear_attention_step(*_heads(cfg, qkv), _log_decay(params, cfg, x_t), state.memory)
     return _output(params, cfg, x_t, o), State(memory=memory, conv=conv)

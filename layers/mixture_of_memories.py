@@ -19,12 +19,12 @@ q = silu(conv(W_q x)) runs over all tokens. One more memory, `shared`, receives 
 
 The query, A_log, dt_bias and the filters of the convolutions serve all memories.
 
-Source: Du et al. 2025 (arXiv 2502.13685) eq. 3-9 and sec. 3.3; inner rule Yang et al. 2024
-(arXiv 2412.06464) eq. 10. All memories are executed on all tokens with the foreign ones masked: exact, and
+Sources: Du et al. 2025 (arXiv 2502.13685); the inner rule is the gated delta rule of Yang et al. 2024
+(arXiv 2412.06464). All memories are executed on all tokens with the foreign ones masked: exact, and
 nothing depends on other samples of the batch except the loss
 
     balance_loss = balance * M * sum_m f_m P_m,    f_m the fraction of tokens routed to m (sum_m f_m = k),
-                                                   P_m the mean of pi_tm; its value at even load is balance * k.
+                                                   P_m the mean of pi_tm; at even load it is balance * k.
 """
 
 from dataclasses import dataclass
@@ -165,11 +165,11 @@ def init_state(cfg: Config, batch: int) -> State:
 
 def _fold(x: Array) -> Array:
     """`[B, M', ...] -> [B M', ...]`: to ops, every memory is a sequence of its own."""
-    return x.reshape(-1, *x.shape[2:])
+    return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
 
 
 def _unfold(x: Array, cfg: Config) -> Array:
-    return x.reshape(-1, cfg.all_memories, *x.shape[1:])
+    return x.reshape(x.shape[0] // cfg.all_memories, cfg.all_memories, *x.shape[1:])
 
 
 def _route(params: Params, cfg: Config, x: Array) -> tuple[Array, Array, Array]:

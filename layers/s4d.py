@@ -83,7 +83,7 @@ class State:
     memory: Array  # [B, D, N/2] complex, or [B, D, N] for real modes
 
 
-def initial_modes(cfg: Config) -> np.ndarray:
+def _initial_modes(cfg: Config) -> np.ndarray:
     """lam at the start, `[N/2]` complex or `[N]` real."""
     n, size = np.arange(cfg.modes), cfg.state_dim
     if cfg.init == "lin":
@@ -99,7 +99,7 @@ def init(key: Array, cfg: Config) -> Params:
     """All channels start with the same modes; C has unit variance, D ~ N(0, 1)."""
     keys = iter(jax.random.split(key, 5))
     shape = (cfg.width, cfg.modes)
-    modes = np.broadcast_to(initial_modes(cfg), shape)
+    modes = np.broadcast_to(_initial_modes(cfg), shape)
     params = {
         "ssm_log_dt": log_uniform(next(keys), (cfg.width,), cfg.dt_min, cfg.dt_max),
         "ssm_A_log": jnp.zeros(shape) + np.log(-modes.real),

@@ -4,7 +4,7 @@ With q, k, v = silu(conv(W x)), q and k of unit length, M a network with weights
 
     alpha_t = sigmoid(w_alpha x_t + b_alpha)         forgetting
     eta_t   = sigmoid(w_eta x_t + b_eta)             momentum of the surprise
-    theta_t = theta_max sigmoid(w_theta x_t + b)     step size
+    theta_t = theta_max (1 - eta_t) sigmoid(w_theta x_t + b_theta)     step size
 
     S_t = eta_t S_{t-1} - theta_t grad |M(k_t; W_c) - v_t|^2        S_0 = 0
     W_t = (1 - alpha_t) W_{t-1} + S_t                               W_0 learned
@@ -15,13 +15,15 @@ chunk = 1; its parallel form, and its experiments, use longer chunks, so `chunk`
 not a matter of speed. It counts from the start of the document.
 
 Source: Behrouz, Zhong, Mirrokni 2024 (arXiv 2501.00663) eq. 8-15, sec. 3.2 (chunks) and 4.4 (convolution,
-norm and gate). The paper leaves open W_0, theta_max, the biases of the gates, the width of M and the chunk.
-Two bounds of ours keep training stable: theta_max and `clip`, a soft bound on one token's gradient
-(g / sqrt(1 + |g|^2 / clip^2) per matrix), without which a network of two layers can run away from steps that
-are too long for it; `clip = None` is the bare rule.
+norm and gate). The paper leaves open W_0, the form and range of theta, the biases of the gates, the width of
+M and the chunk. Three choices of ours keep a memory of two layers alive and its outer gradient finite for any
+length: the factor 1 - eta_t (a gradient moves W by theta_max in all, however long it echoes in S); `clip`, a
+soft bound on the norm of one token's gradient, g / sqrt(1 + |g|^2 / clip^2) per matrix (None: the bare rule);
+and slow forgetting at the start, because forgetting pulls W to 0, where every gradient of a deep M vanishes.
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +35,7 @@ from layers.common import (
     conv_init,
     conv_state,
     dense,
+    l2_norm,
     merge_heads,
     require,
     require_choice,
@@ -41,7 +44,6 @@ from layers.common import (
     rms_norm,
     short_conv,
     short_conv_step,
-    l2_norm,
     weight,
     wide,
 )
@@ -54,8 +56,8 @@ from pallas_kernels.memory_update import (
     memory_update_step,
 )
 
-# Biases of the gates: theta = 0.12 theta_max, alpha = 0.018, eta = 0.88 before training.
-RATE_BIAS, FORGET_BIAS, MOMENTUM_BIAS = -2.0, -4.0, 2.0
+# Before training: theta = theta_max (1 - eta) / 2, alpha = 0.0025, eta = 0.88.
+RATE_BIAS, FORGET_BIAS, MOMENTUM_BIAS = 0.0, -6.0, 2.0
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ class Config:
     activation: str = "silu"
     residual: bool = False  # the inner network is x + MLP(x)
     max_rate: float = 0.1  # theta_max
-    clip: float | None = 10.0
+    clip: float | None = 1.0
     conv: int = 4  # taps of the short convolution on q, k, v; 0 for none
 
     def __post_init__(self):
@@ -94,7 +96,7 @@ class Config:
         """(H, in, out) of each inner matrix."""
         hidden = [self.expand * self.D] * (self.depth - 1)
         widths = [self.D, *hidden, self.D]
-        return [(self.heads, i, o) for i, o in zip(widths[:-1], widths[1:], strict=True)]
+        return [(self.heads, i, o) for i, o in pairwise(widths)]
 
     @property
     def rule(self) -> dict:
@@ -174,7 +176,10 @@ def _gates(params: Params, cfg: Config, x: Array) -> tuple[Array, Array, Array |
 
     rate = cfg.max_rate * jax.nn.sigmoid(logits("rate"))
     log_keep = jax.nn.log_sigmoid(-logits("forget"))
-    return rate, log_keep, jax.nn.log_sigmoid(logits("momentum")) if cfg.momentum else None
+    if not cfg.momentum:
+        return rate, log_keep, None
+    momentum = logits("momentum")
+    return rate * jax.nn.sigmoid(-momentum), log_keep, jax.nn.log_sigmoid(momentum)
 
 
 def _output(params: Params, x: Array, o: Array) -> Array:

@@ -39,6 +39,14 @@ def segment_starts(segment_ids: Array) -> Array:
     return jnp.pad(changed, ((0, 0), (1, 0)))
 
 
+def number_runs(segment_ids: Array | None) -> Array | None:
+    """Ids that count the runs of equal ids: an id that comes again later is another segment.
+
+    Inside the ops two tokens then share a segment exactly when their ids are equal.
+    """
+    return None if segment_ids is None else jnp.cumsum(segment_starts(segment_ids), 1, dtype=jnp.int32)
+
+
 class ChunkSegments(NamedTuple):
     """Which pairs of one chunk may interact. Built by `chunk_segments` from ids `[B, C]`."""
 

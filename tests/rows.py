@@ -6,7 +6,9 @@ WIDTH = 8
 
 ROWS = {
     "attention": registry.config("attention", WIDTH, heads=2, max_length=64),
-    "attention-window": registry.config("attention", WIDTH, heads=4, kv_heads=2, window=7, head_dim=4),
+    "attention-window": registry.config(
+        "attention", WIDTH, heads=4, kv_heads=2, window=7, head_dim=4, conv=3
+    ),
     "s4": registry.config("s4", WIDTH, state_dim=8),
     "s4d": registry.config("s4d", WIDTH, state_dim=8),
     "mamba": registry.config("mamba", WIDTH, state_dim=4),

@@ -53,9 +53,9 @@ def values_and_gradients(run, *args):
         out = run(*args)
         return functional(out), out
 
-    gradients, out = jax.jit(
-        jax.grad(loss, argnums=tuple(range(len(args))), has_aux=True, allow_int=True)
-    )(*args)
+    gradients, out = jax.jit(jax.grad(loss, argnums=tuple(range(len(args))), has_aux=True, allow_int=True))(
+        *args
+    )
     return out, gradients
 
 
@@ -175,7 +175,8 @@ DOCUMENTS = [[5, 1, 11, 15, 5], [32, 5]]
 @by_row
 def test_packed_equals_separate(name):
     layer, cfg, params, x = setup(name)
-    ids = jnp.array([np.repeat(np.arange(len(d)) + 3, d) for d in DOCUMENTS])
+    # The same id comes again in later documents: what counts is where it changes.
+    ids = jnp.array([np.repeat(np.arange(len(d)) % 2 + 3, d) for d in DOCUMENTS])
     state = warm_state(layer, cfg, params)
 
     def packed(params, x, state):
@@ -274,9 +275,7 @@ def test_vmap_and_remat(name):
     layer, cfg, params, x = setup(name, batch=4)
     run = whole(layer, cfg)
     expected = values_and_gradients(run, params, x, layer.init_state(cfg, 4))
-    assert_close(
-        values_and_gradients(jax.checkpoint(run), params, x, layer.init_state(cfg, 4)), expected
-    )
+    assert_close(values_and_gradients(jax.checkpoint(run), params, x, layer.init_state(cfg, 4)), expected)
     pairs = x.reshape(2, 2, *x.shape[1:])
     mapped = jax.jit(jax.vmap(lambda x: layer.apply(params, cfg, x)[0]))(pairs)
     assert_close(mapped.reshape(x.shape), expected[0][0])
@@ -331,7 +330,7 @@ def test_config_is_static_and_checked(name):
 @by_row
 def test_parameter_names_tell_the_optimiser(name):
     """`w_*` has at least two axes and exactly one `w_out` leads back to the width (layers/__init__.py)."""
-    layer, cfg, params, _ = setup(name)
+    layer, _, params, _ = setup(name)
     paths = {
         "/".join(k.key for k in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)
     }

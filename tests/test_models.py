@@ -36,9 +36,7 @@ def test_language_model_by_steps(tie, mlp):
         return lm.apply(params, cfg, x, state)[:2]
 
     state = lm.init_state(cfg, 2)
-    assert_close(
-        values_and_gradients(whole, params, state), values_and_gradients(by_steps, params, state)
-    )
+    assert_close(values_and_gradients(whole, params, state), values_and_gradients(by_steps, params, state))
 
 
 def test_tail_of_a_pattern_that_does_not_divide_the_depth():

@@ -1,4 +1,4 @@
-"""Ops of a few lines each: XLA form against definition, values and gradients, segments and states included."""
+"""Ops of a few lines each: XLA form against definition, values and gradients, segments and states too."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,6 @@ from test_conformance import assert_close, values_and_gradients
 from pallas_kernels.attention import attention, empty_cache
 from pallas_kernels.gated_linear_attention import gated_linear_attention
 from pallas_kernels.short_conv import short_conv
-
 
 
 def normal(seed, *shape):
@@ -76,9 +75,7 @@ def test_short_conv(length, packed, masked):
 
     def run(implementation):
         def op(x, weight, state):
-            return short_conv(
-                x, weight, state, segment_ids=ids, mask=mask, implementation=implementation
-            )
+            return short_conv(x, weight, state, segment_ids=ids, mask=mask, implementation=implementation)
 
         return values_and_gradients(op, x, weight, state)
 

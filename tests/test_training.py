@@ -102,6 +102,15 @@ RUN = Run(
     checkpoint_every=4,
     keep=3,
 )
+POISONED = Run(
+    model=REALS,
+    data=Waves(poisoned=3, times=5),
+    steps=8,
+    batch_size=4,
+    log_every=8,
+    checkpoint_every=2,
+    max_bad_steps=3,
+)
 
 
 def quiet(run, *args, **kwargs):
@@ -268,14 +277,6 @@ def test_gradients_are_clipped_together():
 # --- one step -------------------------------------------------------------------------------------------
 
 
-def one_step(run, batches):
-    state = jax.jit(partial(train.init_state, run))(jax.random.key(run.seed))
-    step = jax.jit(train.make_train_step(run))
-    for batch in batches:
-        state, metrics = step(state, batch)
-    return state, metrics
-
-
 def test_accumulation_is_one_large_batch(float32, monkeypatch):
     """Rows have unequal numbers of labels, and a layer's loss counts by them too."""
     plain = losses.model_losses
@@ -287,21 +288,30 @@ def test_accumulation_is_one_large_batch(float32, monkeypatch):
     monkeypatch.setattr(train, "model_losses", with_extra)
     batch = Echo().batch(0, 0, 6)
     # With so large an eps Adam's first update is the gradient itself, not its sign.
-    large_eps = Optimizer(lr=1.0, eps=1.0, schedule="constant")
-    results = [one_step(replace(RUN, accumulate=k, optimizer=large_eps), [batch]) for k in (1, 2, 6)]
-    for state, metrics in results[1:]:
-        assert_close(state.params, results[0][0].params, 1e-6)
-        assert_close(metrics, results[0][1], 1e-6)
+    run = replace(RUN, optimizer=Optimizer(lr=1.0, eps=1.0, schedule="constant"))
+    state = jax.jit(partial(train.init_state, run))(jax.random.key(0))
+    results = [jax.jit(train.make_train_step(replace(run, accumulate=k)))(state, batch) for k in (1, 3)]
+    assert_close(results[1][0].params, results[0][0].params, 1e-6)
+    assert_close(results[1][1], results[0][1], 1e-6)
     assert results[0][1]["width"].shape == (3,)
 
 
 def test_a_step_that_is_not_finite_is_as_if_it_had_not_been(float32):
-    run = Run(model=REALS, data=Waves(), steps=8, batch_size=4, optimizer=Optimizer(lr=1e-2))
-    batches = [Waves(poisoned=2).batch(0, i, 4) for i in range(5)]
-    with_bad, metrics = one_step(run, batches)
-    without, _ = one_step(run, batches[:2] + batches[3:])
+    initial, step = train._programs(POISONED)
+    # The third is poisoned.
+    batches = [jax.device_put(POISONED.data.batch(0, number, 4)) for number in (0, 1, 3, 2)]
+
+    def after(numbers):
+        state = initial(jax.random.key(0))
+        for number in numbers:
+            state, metrics = step(state, batches[number])
+        return state, metrics
+
+    with_bad, metrics = after([0, 1, 2, 3, 1])
+    without, _ = after([0, 1, 3, 1])
     assert_bits((with_bad.params, with_bad.opt_state), (without.params, without.opt_state))
     assert (int(with_bad.step), int(with_bad.bad_steps), int(with_bad.bad_in_row)) == (5, 1, 0)
+    assert not np.isfinite(batches[2]["inputs"]).all()
     assert np.isfinite(metrics["loss"])
 
 
@@ -354,6 +364,19 @@ def test_run_in_two_parts(straight, tmp_path):
     whole = quiet(RUN, tmp_path)
     assert whole.stopped is None
     assert_same_run(tmp_path, straight)
+
+
+def test_metrics_are_read_one_step_late(straight, tmp_path, monkeypatch):
+    """When batch 3 (of step 4) is asked for, step 3 is on the device and its row not yet written."""
+    seen = {}
+    for index in (3, 4):
+
+        def look(index=index):
+            seen[index] = [row["step"] for row in read_rows(tmp_path)]
+
+        monkeypatch.setitem(AT, index, [look])
+    quiet(RUN, tmp_path, until=5)
+    assert seen == {3: [1], 4: [1, 3]}
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -460,10 +483,8 @@ def test_it_learns(float32):
 
 
 def test_bad_steps_are_counted_and_too_many_stop_the_run(float32, tmp_path):
-    data = Waves(poisoned=3, times=5)
-    run = Run(model=REALS, data=data, steps=8, batch_size=4, max_bad_steps=3, log_every=8, checkpoint_every=2)
     with pytest.raises(train.NotFiniteError, match=r"stopped at step 6: .* 3 steps running"):
-        quiet(run, tmp_path)
+        quiet(POISONED, tmp_path)
     rows = read_rows(tmp_path)
     assert [(row["step"], row["bad_steps"]) for row in rows] == [(1, 0), (4, 1), (5, 2), (6, 3)]
     assert [row["loss"] for row in rows[1:]] == [None] * 3

@@ -7,9 +7,8 @@ from jaxtyping import Float, Int
 from pallas_kernels.attention import cache as caches
 from pallas_kernels.attention import reference, xla
 from pallas_kernels.attention.cache import Cache
-from pallas_kernels.chunks import accumulation_dtype
+from pallas_kernels.chunks import accumulation_dtype, number_runs
 from pallas_kernels.dispatch import choose
-
 
 
 def _reference(q, k, v, cache, segment_ids, *, fresh):
@@ -54,7 +53,7 @@ def attention(
     if cache is None:
         cache = empty_cache(q.shape[0], span, k.shape[2], k.shape[3], v.shape[3])
     out, cache = run(
-        q.astype(dtype), k.astype(dtype), v.astype(dtype), cache, segment_ids, fresh=fresh
+        q.astype(dtype), k.astype(dtype), v.astype(dtype), cache, number_runs(segment_ids), fresh=fresh
     )
     return out.astype(v.dtype), cache
 

@@ -1,5 +1,8 @@
 """The state of attention: a ring buffer of the last `span` keys and values."""
 
+import dataclasses
+
+import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import Array
@@ -26,7 +29,7 @@ def positions(length: Array, segment_ids: Array | None, steps: int) -> Array:
     if segment_ids is None:
         return length[:, None] + time
     starts = segment_starts(segment_ids)
-    start = jnp.maximum.accumulate(jnp.where(starts, time, 0), 1)
+    start = jax.lax.cummax(jnp.where(starts, time, 0), axis=1)
     in_first = jnp.cumsum(starts, 1) == 0
     return jnp.where(in_first, length[:, None] + time, time - start)
 
@@ -36,7 +39,8 @@ def write(cache: Cache, k: Array, v: Array, where: Array, real: Array) -> Cache:
     rows = jnp.arange(k.shape[0])[:, None]
     # An index past the end is dropped by the scatter.
     slot = jnp.where(real, where % cache.slots.shape[1], cache.slots.shape[1])
-    return cache.replace(
+    return dataclasses.replace(
+        cache,
         k=cache.k.at[rows, slot].set(k, mode="drop"),
         v=cache.v.at[rows, slot].set(v, mode="drop"),
         slots=cache.slots.at[rows, slot].set(where.astype(cache.slots.dtype), mode="drop"),
@@ -51,6 +55,6 @@ def extend(cache: Cache, k: Array, v: Array, where: Array, segment_ids: Array | 
     real = jnp.ones(where[:, tail].shape, bool)
     if segment_ids is not None:
         kept = segment_ids[:, :1] == segment_ids[:, -1:]
-        cache = cache.replace(slots=jnp.where(kept, cache.slots, EMPTY))
+        cache = dataclasses.replace(cache, slots=jnp.where(kept, cache.slots, EMPTY))
         real = segment_ids[:, tail] == segment_ids[:, -1:]
     return write(cache, k[:, tail], v[:, tail], where[:, tail], real)

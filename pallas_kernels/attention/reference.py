@@ -1,5 +1,7 @@
 """The definition: one query against the ring buffer, and its scan."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -21,7 +23,7 @@ def step(cache: caches.Cache, q: Array, k: Array, v: Array, position: Array):
 def attention(q, k, v, cache, segment_ids=None):
     """Token by token."""
     where = caches.positions(cache.length, segment_ids, q.shape[1])
-    fresh = cache.replace(
-        slots=jnp.full_like(cache.slots, caches.EMPTY), length=jnp.zeros_like(cache.length)
+    fresh = dataclasses.replace(
+        cache, slots=jnp.full_like(cache.slots, caches.EMPTY), length=jnp.zeros_like(cache.length)
     )
     return scan_tokens(lambda c, x: step(c, *x), cache, (q, k, v, where), segment_ids, fresh)

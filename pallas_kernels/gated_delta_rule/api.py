@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
-from pallas_kernels.chunks import accumulation_dtype
+from pallas_kernels.chunks import accumulation_dtype, number_runs
 from pallas_kernels.decay import full_decay
 from pallas_kernels.dispatch import choose
 from pallas_kernels.gated_delta_rule import reference, xla
@@ -30,15 +30,15 @@ def gated_delta_rule(
     `[B,T,H,K]`, natural log, <= 0. The output has v's dtype, the state is at least float32.
     Raises ValueError for an unknown implementation.
 
-    Chunkwise form: Yang et al. 2024 (arXiv 2406.06484) eq. 8-11, with decay Yang et al. 2024
-    (arXiv 2412.06464) sec. 3.3; the triangular inverse is by halving and substitution.
+    Chunkwise form (UT transform): Yang et al. 2024 (arXiv 2406.06484), with decay Yang et al. 2024
+    (arXiv 2412.06464); the triangular inverse is by halving and substitution.
     """
     run = choose("gated_delta_rule", implementation, IMPLEMENTATIONS)
     dtype = accumulation_dtype(q, k, v, p)
     if state is None:
         state = jnp.zeros((v.shape[0], v.shape[2], q.shape[3], v.shape[3]), dtype)
     wide = [x.astype(dtype) for x in (q, k, v, p, full_decay(log_decay, v))]
-    out, state = run(*wide, state, segment_ids)
+    out, state = run(*wide, state, number_runs(segment_ids))
     return out.astype(v.dtype), state
 
 

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
-from pallas_kernels.chunks import accumulation_dtype
+from pallas_kernels.chunks import accumulation_dtype, number_runs
 from pallas_kernels.decay import full_decay
 from pallas_kernels.dispatch import choose
 from pallas_kernels.gated_linear_attention import reference, xla
@@ -45,7 +45,7 @@ def gated_linear_attention(
     if state is None:
         state = jnp.zeros((v.shape[0], v.shape[2], q.shape[3], v.shape[3]), dtype)
     wide = [x.astype(dtype) for x in (q, k, v, full_decay(log_decay, v))]
-    out, state = run(*wide, state, segment_ids)
+    out, state = run(*wide, state, number_runs(segment_ids))
     return out.astype(v.dtype), state
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Complex, Float, Inexact, Int
 
-from pallas_kernels.chunks import accumulation_dtype
+from pallas_kernels.chunks import accumulation_dtype, number_runs
 from pallas_kernels.dispatch import choose
 from pallas_kernels.long_conv import kernels, reference, xla
 from pallas_kernels.short_conv import reference as window
@@ -83,7 +83,7 @@ def diagonal_ssm(
     run = choose("diagonal_ssm", implementation, DIAGONAL)
     if state is None:
         state = jnp.zeros((u.shape[0], *a.shape), a.dtype)
-    out, state = run(u.astype(accumulation_dtype(u, a.real)), a, b, c, state, segment_ids)
+    out, state = run(u.astype(accumulation_dtype(u, a.real)), a, b, c, state, number_runs(segment_ids))
     return out.astype(u.dtype), state
 
 
@@ -122,7 +122,7 @@ def dplr_ssm(
     if state is None:
         state = jnp.zeros((u.shape[0], *lam.shape), lam.dtype)
     wide = u.astype(accumulation_dtype(u, lam.real))
-    out, state = run(wide, lam, p, b, c, dt, state, segment_ids)
+    out, state = run(wide, lam, p, b, c, dt, state, number_runs(segment_ids))
     return out.astype(u.dtype), state
 
 

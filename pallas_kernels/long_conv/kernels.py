@@ -12,7 +12,8 @@ def powers(a: Array, length: int) -> Array:
     while table.shape[-1] < length:
         table = jnp.concatenate([table, table * square], -1)
         square = square * square
-    return table[..., :length]
+    # Without the barrier XLA on CPU fuses the doublings into every consumer and repeats them there.
+    return jax.lax.optimization_barrier(table[..., :length])
 
 
 def vandermonde(a: Array, weight: Array, length: int) -> Array:
@@ -53,8 +54,8 @@ def cauchy(lam: Array, p: Array, b: Array, c_tilde: Array, dt: Array, length: in
     The textbook factors 2/(1 + z) are multiplied out: z = -1 is an ordinary point.
     """
     half = length // 2 + 1
-    z = np.exp(-2j * np.pi * np.arange(half) / length)
-    z = jnp.asarray(np.concatenate([z, z.conj()]), lam.dtype)
+    roots = np.exp(-2j * np.pi * np.arange(half) / length)
+    z = jnp.asarray(np.concatenate([roots, roots.conj()]), lam.dtype)
     poles = dt[:, None, None] / (2 * (1 - z) - (dt[:, None] * lam)[..., None] * (1 + z))
     pairs = jnp.stack([c_tilde * b, c_tilde * p, jnp.conj(p) * b, jnp.conj(p) * p], 1)
     sums = jnp.einsum("dqn,dnz->dqz", pairs, poles)

@@ -12,6 +12,7 @@ States are real here: a complex one is stacked to (Re, Im), where A of a conjuga
 real matrix even if, as with a low-rank term, it couples conjugate halves.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -24,20 +25,22 @@ from pallas_kernels.long_conv.reference import bilinear, dplr_advance
 
 # A power of two. 2 CPU cores, B=1 T=32k D=128 N=64: 64 and 128 are level, 32 and 256 slower.
 CHUNK = 64
+# A rounded power of A stays in the state for as long as it remembers: no shortened mantissas on accelerators.
+FULL_PRECISION = functools.partial(jax.default_matmul_precision, "highest")
 
 
 class Tables(NamedTuple):
     """A system on stacked states of S real numbers, for chunks of up to C tokens."""
 
     kernel: Array  # [D,C] K_j = C A^j B
-    read: Array  # [D,C,S] C A^{j+1}
-    write: Array  # [D,C,S] A^{C-1-j} B
+    read: Array  # [D,S,C] C A^{j+1}
+    write: Array  # [D,S,C] A^{C-1-j} B
     squares: tuple[Array, ...]  # A, A^2, A^4 ... A^C: `[D,S,S]`, or a diagonal `[D,M]`, real or complex
 
     def cut(self, length: int) -> "Tables":
         """For chunks of `length` <= C."""
-        write = self.write[:, self.write.shape[1] - length :]
-        return self._replace(kernel=self.kernel[:, :length], read=self.read[:, :length], write=write)
+        write = self.write[..., self.write.shape[-1] - length :]
+        return self._replace(kernel=self.kernel[:, :length], read=self.read[..., :length], write=write)
 
 
 def stack(x: Array, axis: int = -1) -> Array:
@@ -57,14 +60,14 @@ def stack_row(x: Array, axis: int = -1) -> Array:
 
 def diagonal_tables(a: Array, b: Array, c: Array) -> Tables:
     """Tables of `diagonal_step`'s system `a, b, c [D,M]`."""
-    table = jnp.swapaxes(powers(a, CHUNK), 1, 2)
+    table = powers(a, CHUNK)
     squares = [a]
     while 1 << (len(squares) - 1) < CHUNK:
         squares.append(squares[-1] * squares[-1])
     return Tables(
         kernel=vandermonde(a, b * c, CHUNK),
-        read=stack_row((a * c)[:, None] * table),
-        write=stack(b[:, None] * table[:, ::-1]),
+        read=stack_row((a * c)[..., None] * table, 1),
+        write=stack(b[..., None] * table[..., ::-1], 1),
         squares=tuple(squares),
     )
 
@@ -75,15 +78,15 @@ def dplr_tables(lam: Array, p: Array, b: Array, c: Array, dt: Array) -> Tables:
     channels, size = lam.shape[0], 2 * lam.shape[1]
     basis = jnp.broadcast_to(jnp.eye(size, dtype=lam.real.dtype)[:, None], (size, channels, size))
     square = jnp.moveaxis(stack(dplr_advance(unstack(basis, lam), system)), 0, 2)
-    read = jnp.einsum("dm,dmn->dn", stack_row(c), square)[:, None]
-    write = stack(dplr_advance(jnp.zeros_like(lam), system, system.b))[:, None]
+    read = jnp.einsum("dmn,dm->dn", square, stack_row(c))[..., None]
+    write = stack(dplr_advance(jnp.zeros_like(lam), system, system.b))[..., None]
     squares = [square]
-    while read.shape[1] < CHUNK:
-        read = jnp.concatenate([read, jnp.matmul(read, square)], 1)
-        write = jnp.concatenate([jnp.einsum("djm,dnm->djn", write, square), write], 1)
+    while read.shape[-1] < CHUNK:
+        read = jnp.concatenate([read, jnp.einsum("dmn,dmj->dnj", square, read)], -1)
+        write = jnp.concatenate([jnp.matmul(square, write), write], -1)
         square = jnp.matmul(square, square)
         squares.append(square)
-    kernel = cauchy(lam, p, b, truncate(c, read[:, -1]), dt, CHUNK)
+    kernel = cauchy(lam, p, b, truncate(c, read[..., -1]), dt, CHUNK)
     return Tables(kernel, read, write, tuple(squares))
 
 
@@ -143,65 +146,68 @@ def _within_runs_backward(saved, dy):
 _within_runs.defvjp(_within_runs_forward, _within_runs_backward)
 
 
-def _chunks(u: Array, tables: Tables, state: Array, run: Array | None, carry_run: Array | None):
-    """Whole chunks: `u [B,n,C,D]`, stacked `state [B,D,S]`, `run [B,n,C]`, `carry_run [B]` the state's."""
+def _chunks(u: Array, tables: Tables, state: Array, runs: tuple[Array, Array] | None):
+    """Whole chunks `u [B,n,C,D]`, stacked `state [B,D,S]`, runs of each token and of the one before it."""
     batch, count, chunk, width = u.shape
     x = jnp.moveaxis(u, 3, 0).reshape(width, batch * count, chunk)
     keep = jnp.ones((count, batch, 1, 1), bool)
     source = x
-    if run is None:
+    if runs is None:
         out = jnp.matmul(x, toeplitz(tables.kernel))
     else:
-        before = jnp.concatenate([carry_run[:, None], run[:, :-1, -1]], 1)
-        run = run.reshape(-1, chunk)
-        segments = chunk_segments(run, before.reshape(-1))
+        run, before = (r.reshape(-1, chunk) for r in runs)
+        segments = chunk_segments(run, before[:, 0])
         out = _within_runs(x, toeplitz(tables.kernel), run - run[:, :1])
         source = jnp.where(segments.into_carry, x, 0)
         keep = segments.keep.reshape(batch, count).T[..., None, None]
-    write = jnp.matmul(source, tables.write).reshape(width, batch, count, -1)
+    write = jnp.einsum("dmj,dsj->dms", source, tables.write).reshape(width, batch, count, -1)
 
     def cross(state, chunk_inputs):
         keep, write = chunk_inputs
         return jnp.where(keep, _advance(tables.squares, state, chunk), 0) + write, state
 
-    state, entering = jax.lax.scan(cross, state, (keep, jnp.moveaxis(write, 0, 2).swapaxes(0, 1)))
-    entering = jnp.moveaxis(entering, (2, 1), (0, 1)).reshape(width, batch * count, -1)
-    past = jnp.einsum("dms,dis->dmi", entering, tables.read)
-    out = out + (past if run is None else jnp.where(segments.from_carry, past, 0))
+    state, entering = jax.lax.scan(cross, state, (keep, write.transpose(2, 1, 0, 3)))
+    entering = entering.transpose(2, 1, 0, 3).reshape(width, batch * count, -1)
+    past = jnp.matmul(entering, tables.read)
+    out = out + (past if runs is None else jnp.where(segments.from_carry, past, 0))
     return jnp.moveaxis(out.reshape(width, batch, count * chunk), 0, 2), state
+
+
+def _cut(x: Array, span: slice, chunk: int) -> Array:
+    """The tokens of `span` as chunks: `[B,T,...] -> [B,n,chunk,...]`."""
+    x = x[:, span]
+    return x.reshape(x.shape[0], -1, chunk, *x.shape[2:])
 
 
 def _run(u: Array, tables: Tables, state: Array, segment_ids: Array | None):
     """Full chunks, then the tail as a shorter one; `u [B,T,D]`, stacked `state [B,D,S]`."""
-    batch, length, width = u.shape
+    length = u.shape[1]
     full = length - length % CHUNK
     # Counting the starts makes ids that come back later a segment of their own.
-    run = None if segment_ids is None else jnp.cumsum(segment_starts(segment_ids), 1)
+    runs = None
+    if segment_ids is not None:
+        run = jnp.cumsum(segment_starts(segment_ids), 1)
+        runs = run, jnp.concatenate([run[:, :1], run[:, :-1]], 1)
     outputs = []
-    for start, stop, chunk in ((0, full, CHUNK), (full, length, length - full)):
-        if start < stop:
-            ids = None if run is None else run[:, start:stop].reshape(batch, -1, chunk)
-            carry = None if run is None else run[:, max(start - 1, 0)]
-            piece = u[:, start:stop].reshape(batch, -1, chunk, width)
-            out, state = _chunks(piece, tables.cut(chunk), state, ids, carry)
+    for span, chunk in ((slice(0, full), CHUNK), (slice(full, length), length - full)):
+        if span.start < span.stop:
+            own = None if runs is None else (_cut(runs[0], span, chunk), _cut(runs[1], span, chunk))
+            out, state = _chunks(_cut(u, span, chunk), tables.cut(chunk), state, own)
             outputs.append(out)
     return jnp.concatenate(outputs, 1), state
 
 
 def diagonal_ssm(u, a, b, c, state, segment_ids=None):
     """Chunk by chunk; shapes as in `api.py`."""
-    with jax.default_matmul_precision("highest"):
-        tables = diagonal_tables(a, b, c)
-    out, final = _run(u, tables, stack(state), segment_ids)
+    with FULL_PRECISION():
+        out, final = _run(u, diagonal_tables(a, b, c), stack(state), segment_ids)
     return out, unstack(final, state)
 
 
 def dplr_ssm(u, lam, p, b, c, dt, state, segment_ids=None):
     """Chunk by chunk; shapes as in `api.py`."""
-    # Rounding of the tables stays in the state for as long as it remembers: no shortened mantissas here.
-    with jax.default_matmul_precision("highest"):
-        tables = dplr_tables(lam, p, b, c, dt)
-    out, final = _run(u, tables, stack(state), segment_ids)
+    with FULL_PRECISION():
+        out, final = _run(u, dplr_tables(lam, p, b, c, dt), stack(state), segment_ids)
     return out, unstack(final, state)
 
 

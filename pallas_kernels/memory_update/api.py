@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
-from pallas_kernels.chunks import accumulation_dtype, chunk_length
+from pallas_kernels.chunks import accumulation_dtype, chunk_length, number_runs
 from pallas_kernels.dispatch import choose
 from pallas_kernels.memory_update import reference, xla
 from pallas_kernels.memory_update.memory import Memory, Rule, shift
@@ -96,7 +96,7 @@ def memory_update(
     fresh = _fresh(initial, q.shape[0], log_momentum is not None)
     inputs = [x if x is None else x.astype(dtype) for x in (q, k, v, rate, log_keep, log_momentum)]
     carried = None if state is None else shift(state, initial, 1)
-    (y, surprise), carried = run(fresh, *inputs, carried, segment_ids, rule)
+    (y, surprise), carried = run(fresh, *inputs, carried, number_runs(segment_ids), rule)
     return (y.astype(v.dtype), surprise), shift(carried, initial, -1)
 
 
@@ -125,7 +125,9 @@ def memory_update_step(
     return (y.astype(v.dtype), surprise), shift(memory, initial, -1)
 
 
-def flops_per_token(length: int, shapes: Sequence[tuple[int, int, int]], chunk: int, *, momentum: bool) -> int:
+def flops_per_token(
+    length: int, shapes: Sequence[tuple[int, int, int]], chunk: int, *, momentum: bool
+) -> int:
     """Forward FLOPs of one token for inner weights of `shapes` (H, in, out), from an empty memory.
 
     Per layer: keys forward and back, the read, the write (each again for the momentum where there is one),

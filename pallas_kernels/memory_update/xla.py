@@ -59,8 +59,9 @@ class Coefficients(NamedTuple):
 
 def _decays(log_gate: Array, pairs: Array) -> tuple[Array, Array]:
     """Products of a gate from the start of the run, `[B,H,C+1]`, and between tokens, `[B,H,C+1,C]`."""
-    total = jnp.einsum("bts,bhs->bht", pairs.astype(log_gate.dtype), log_gate)
-    return jnp.exp(total), masked_exp(total[..., None] - total[..., None, :-1], pairs[:, None])
+    pairs = pairs[:, None]
+    total = jnp.sum(jnp.where(pairs, log_gate[..., None, :], 0), -1)
+    return jnp.exp(total), masked_exp(total[..., None] - total[..., None, :-1], pairs)
 
 
 def _coefficients(tokens: Tokens, pairs: Array) -> Coefficients:
@@ -72,7 +73,7 @@ def _coefficients(tokens: Tokens, pairs: Array) -> Coefficients:
     momentum = momentum * rate
     return Coefficients(
         keep=keep[..., None],
-        momentum=jnp.einsum("bhts,bhs->bht", between, stay[..., :-1])[..., None],
+        momentum=jnp.sum(between * stay[..., None, :-1], -1, keepdims=True),
         gradient=jnp.einsum("bhts,bhsu->bhtu", between, momentum[..., :-1, :]),
         keep_momentum=stay[..., -1:, None],
         gradient_momentum=momentum[..., -1, :],
@@ -137,7 +138,10 @@ def _outer(x: Array, coefficient: Array, delta: Array) -> Array:
 
 
 def _pairs(members: Array, run: Array | None = None) -> Array:
-    """`[B,C+1,C]` from `members [B,C]`: whom a token sees, and in the last row who reaches the final state."""
+    """`[B,C+1,C]` from `members [B,C]`: whom each token sees and, in the last row, who reaches the end.
+
+    With `run [B,C]` tokens see their own document only, and the end is that of the last one.
+    """
     causal = jnp.tril(jnp.ones((members.shape[1],) * 2, bool))
     sees = causal & members[:, :, None] & members[:, None, :]
     reaches = members
@@ -147,39 +151,54 @@ def _pairs(members: Array, run: Array | None = None) -> Array:
     return jnp.concatenate([sees, reaches[:, None]], 1)
 
 
-def _visit(result, source: Memory | None, tokens: Tokens, members: Array, pairs: Array, rule: Rule):
-    """Advance `members` from `source` (the present memory unless given) and merge them into `result`."""
+class Groups(NamedTuple):
+    """The tokens of a block by the weights their gradients are taken at; G groups, in order."""
+
+    members: Array  # [G,B,C]
+    pairs: Array  # [G,B,C+1,C]
+    begins: Array  # [G] starts from the memory of a new document, not from the present one
+
+
+def _groups(real: Array, run: Array | None, carry_run: Array | None, room: Array) -> Groups:
+    """`real [B,C]`: not padding; `room [B]`: tokens left in the chunk that the block is entered in."""
+    continuing = real if run is None else real & (run == carry_run[:, None])
+    in_chunk = jnp.arange(real.shape[1]) < room[:, None]
+    members = [continuing & in_chunk, continuing & ~in_chunk]
+    pairs = [_pairs(m) for m in members]
+    if run is not None:
+        members.append(real & ~continuing)
+        pairs.append(_pairs(members[-1], run))
+    return Groups(jnp.stack(members), jnp.stack(pairs), jnp.arange(len(members)) == 2)
+
+
+def _visit(result, group: Groups, fresh: Memory, tokens: Tokens, rule: Rule):
+    """Advance one group, if it has any token, and merge it into `result`: memory, y, surprise."""
 
     def advance(result):
         memory, out, surprise = result
-        new, new_out, new_surprise = _advance(source or memory, tokens, pairs, rule)
-        here = members[:, None, :]
+        source = jax.tree.map(lambda a, b: jnp.where(group.begins, a, b), fresh, memory)
+        new, new_out, new_surprise = _advance(source, tokens, group.pairs, rule)
+        here = group.members[:, None, :]
         return (
-            select(jnp.any(pairs[:, -1], -1), new, memory),
+            select(jnp.any(group.pairs[:, -1], -1), new, memory),
             jnp.where(here[..., None], new_out, out),
             jnp.where(here, new_surprise, surprise),
         )
 
-    return jax.lax.cond(jnp.any(members), advance, lambda result: result, result)
+    return jax.lax.cond(jnp.any(group.members), advance, lambda result: result, result), None
 
 
-def _block(carry, inputs, fresh: Memory, started: bool, rule: Rule):
-    """One block: `real [C]` marks tokens that are not padding, `run [B,C]` counts documents (or None)."""
+def _block(carry, inputs, fresh: Memory, aligned: bool, rule: Rule):
+    """One block. `aligned`: every block is entered at the start of a chunk, and there is one document."""
     (memory, carry_run), (tokens, run, real) = carry, inputs
-    continuing = jnp.broadcast_to(real, (tokens.q.shape[0], real.shape[0]))
-    if run is not None:
-        continuing = continuing & (run == carry_run[:, None])
-    in_chunk = jnp.arange(real.shape[0]) < rule.chunk - memory.phase[:, None]
-    result = _advance(memory, tokens, _pairs(continuing & in_chunk), rule)
-    if started or run is not None:
-        later = continuing & ~in_chunk
-        result = _visit(result, None, tokens, later, _pairs(later), rule)
-    if run is not None:
-        begun = real & ~continuing
-        result = _visit(result, fresh, tokens, begun, _pairs(begun, run), rule)
-        carry_run = run[:, -1]
-    memory, *out = result
-    return (memory, carry_run), out
+    if aligned:
+        memory, *out = _advance(memory, tokens, _pairs(real), rule)
+        return (memory, carry_run), out
+    groups = _groups(real, run, carry_run, rule.chunk - memory.phase)
+    empty = (jnp.zeros_like(tokens.v), jnp.zeros_like(tokens.rate))
+    visit = partial(_visit, fresh=fresh, tokens=tokens, rule=rule)
+    (memory, *out), _ = jax.lax.scan(visit, (memory, *empty), groups)
+    return (memory, carry_run if run is None else run[:, -1]), out
 
 
 def memory_update(fresh, q, k, v, rate, log_keep, log_momentum, memory, segment_ids, rule):
@@ -191,13 +210,14 @@ def memory_update(fresh, q, k, v, rate, log_keep, log_momentum, memory, segment_
         return None if x is None else jnp.swapaxes(split_time(x, block), 2, 3)
 
     tokens = Tokens(*(cut(x) for x in (q, k, v, rate, log_keep, log_momentum)))
-    real = split_time(jnp.ones((1, length), bool), block)[:, 0]
+    real = split_time(jnp.ones((1, length), bool), block)
     run = carry_run = None
     if segment_ids is not None:
         run = jnp.cumsum(segment_starts(segment_ids), 1)
         carry_run = run[:, 0]
         run = split_time(run, block, edge=True)
-    body = jax.checkpoint(partial(_block, fresh=fresh, started=memory is not None, rule=rule))
+    aligned = memory is None and segment_ids is None
+    body = jax.checkpoint(partial(_block, fresh=fresh, aligned=aligned, rule=rule))
     carry = (fresh if memory is None else memory, carry_run)
     (memory, _), (out, surprise) = jax.lax.scan(body, carry, (tokens, run, real))
     return tuple(join_time(jnp.swapaxes(x, 2, 3), length) for x in (out, surprise)), memory

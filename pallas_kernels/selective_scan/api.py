@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
-from pallas_kernels.chunks import accumulation_dtype
+from pallas_kernels.chunks import accumulation_dtype, number_runs
 from pallas_kernels.dispatch import choose
 from pallas_kernels.selective_scan import reference, xla
 
@@ -38,7 +38,7 @@ def selective_scan(
     if state is None:
         state = jnp.zeros((x.shape[0], *a.shape), dtype)
     wide = [z.astype(dtype) for z in (x, dt, a, b, c, state)]
-    out, state = run(*wide, segment_ids)
+    out, state = run(*wide, number_runs(segment_ids))
     if d is not None:
         out = out + d.astype(dtype) * wide[0]
     return out.astype(x.dtype), state

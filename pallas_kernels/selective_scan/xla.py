@@ -6,7 +6,7 @@ u_t = dt_t x_t and the decayed state p_t = e_t h_{t-1},
     h_t = p_t + b_t u_t,                                y_t = sum_n c_t h_t,
     l_t = c_t dy_t + e_{t+1} l_{t+1}                    (adjoint of h_t, run backwards),
     du_t = sum_n b_t l_t,   db_t = sum_d u_t l_t,       dc_t = sum_d h_t dy_t,
-    ddt_t = sum_n a l_t p_t,                            da = sum_t dt_t l_t p_t.
+    dx_t = dt_t du_t,       ddt_t = x_t du_t + sum_n a l_t p_t,       da = sum_t dt_t l_t p_t.
 
 The forward pass keeps the states at chunk starts; the backward pass recomputes e and p inside a chunk and
 does all sums over its tokens at once. Nothing is divided, and e <= 1: nothing overflows.
@@ -34,31 +34,31 @@ def _outer(b: Array, u: Array) -> Array:
     return b[..., None] * u[..., None, :]
 
 
-def _forward(dt, u, a, b, c, state, start):
+def _forward(x, dt, a, b, c, state, start):
     """`(y [n,C,B,D], final state, states at chunk starts [n,B,N,D])`."""
 
     def token(h, inputs):
-        dt, u, b, c, start = inputs
-        h = _decay(dt, a, start) * h + _outer(b, u)
+        x, dt, b, c, start = inputs
+        h = _decay(dt, a, start) * h + _outer(b, dt * x)
         return h, jnp.sum(c[..., None] * h, -2)
 
     def chunk(h, inputs):
         new, y = jax.lax.scan(token, h, inputs)
         return new, (y, h)
 
-    state, (y, states) = jax.lax.scan(chunk, state, (dt, u, b, c, start))
+    state, (y, states) = jax.lax.scan(chunk, state, (x, dt, b, c, start))
     return y, state, states
 
 
 @jax.custom_vjp
-def _scan(dt, u, a, b, c, state, start):
-    """`dt, u [n,C,B,D]`, `a [N,D]`, `b, c [n,C,B,N]`, `state [B,N,D]`, `start [n,C,B]` or None."""
-    return _forward(dt, u, a, b, c, state, start)[:2]
+def _scan(x, dt, a, b, c, state, start):
+    """`x, dt [n,C,B,D]`, `a [N,D]`, `b, c [n,C,B,N]`, `state [B,N,D]`, `start [n,C,B]` or None."""
+    return _forward(x, dt, a, b, c, state, start)[:2]
 
 
-def _scan_fwd(dt, u, a, b, c, state, start):
-    y, state, states = _forward(dt, u, a, b, c, state, start)
-    return (y, state), (dt, u, a, b, c, start, states)
+def _scan_fwd(x, dt, a, b, c, state, start):
+    y, state, states = _forward(x, dt, a, b, c, state, start)
+    return (y, state), (x, dt, a, b, c, start, states)
 
 
 def _decayed_states(e, b, u, state):
@@ -84,13 +84,13 @@ def _adjoint_states(e, c, dy, adjoint):
 
 
 def _scan_bwd(saved, cotangents):
-    dt, u, a, b, c, start, states = saved
+    x, dt, a, b, c, start, states = saved
     dy, adjoint = cotangents
 
     def chunk(carry, inputs):
         adjoint, da = carry
-        dt, u, b, c, start, state, dy = inputs
-        e = _decay(dt, a, start)
+        x, dt, b, c, start, state, dy = inputs
+        e, u = _decay(dt, a, start), dt * x
         p = _decayed_states(e, b, u, state)
         adjoint, l = _adjoint_states(e, c, dy, adjoint)
         db = jnp.einsum("tbnd,tbd->tbn", l, u)
@@ -98,12 +98,13 @@ def _scan_bwd(saved, cotangents):
         du = jnp.einsum("tbnd,tbn->tbd", l, b)
         through_decay = l * p
         da = da + jnp.sum(through_decay * dt[..., None, :], (0, 1))
-        return (adjoint, da), (jnp.sum(through_decay * a, -2), du, db, dc)
+        ddt = x * du + jnp.sum(through_decay * a, -2)
+        return (adjoint, da), (dt * du, ddt, db, dc)
 
-    inputs = (dt, u, b, c, start, states, dy)
+    inputs = (x, dt, b, c, start, states, dy)
     carry = (adjoint, jnp.zeros_like(a))
-    (dstate, da), (ddt, du, db, dc) = jax.lax.scan(chunk, carry, inputs, reverse=True)
-    return ddt, du, da, db, dc, dstate, None
+    (dstate, da), (dx, ddt, db, dc) = jax.lax.scan(chunk, carry, inputs, reverse=True)
+    return dx, ddt, da, db, dc, dstate, None
 
 
 _scan.defvjp(_scan_fwd, _scan_bwd)
@@ -125,7 +126,7 @@ def selective_scan(x, dt, a, b, c, state, segment_ids=None):
         return jnp.swapaxes(split_time(z, chunk), 1, 2)
 
     # Padding has dt = 0: its decay is 1 and it writes nothing.
-    dt, u, b, c = (time_first(z) for z in (dt, dt * x, b, c))
+    x, dt, b, c = (time_first(z) for z in (x, dt, b, c))
     start = None if segment_ids is None else time_first(segment_starts(segment_ids))
-    y, state = _scan(dt, u, a.T, b, c, jnp.swapaxes(state, 1, 2), start)
+    y, state = _scan(x, dt, a.T, b, c, jnp.swapaxes(state, 1, 2), start)
     return join_time(jnp.swapaxes(y, 1, 2), length), jnp.swapaxes(state, 1, 2)

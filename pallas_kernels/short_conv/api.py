@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from pallas_kernels.chunks import accumulation_dtype
+from pallas_kernels.chunks import accumulation_dtype, number_runs
 from pallas_kernels.dispatch import choose
 from pallas_kernels.short_conv import reference, xla
 
@@ -30,7 +30,9 @@ def short_conv(
     dtype = accumulation_dtype(x, weight)
     if state is None:
         state = jnp.zeros((x.shape[0], weight.shape[0] - 1, x.shape[2]), dtype)
-    out, state = run(x.astype(dtype), weight.astype(dtype), state.astype(dtype), segment_ids, mask)
+    out, state = run(
+        x.astype(dtype), weight.astype(dtype), state.astype(dtype), number_runs(segment_ids), mask
+    )
     return out.astype(x.dtype), state
 
 
