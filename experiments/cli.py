@@ -60,9 +60,8 @@ def _train(options, rest: list[str]) -> int:
     require(isinstance(run, Run), f"{options.config!r} is a comparison: use `zoo compare {options.config}`")
     result = train(run, directory, tensorboard=options.tensorboard)
     if result.stopped:
-        print(
-            f"stopped by {result.stopped} at step {result.summary['step']}; the same command goes on from here"
-        )
+        step = result.summary["step"]
+        print(f"stopped by {result.stopped} at step {step}; the same command goes on from here")
         return 130
     _print_summary(result.summary)
     print(directory)

@@ -9,8 +9,8 @@ grows past `max_length` step by step attends to its last `max_length` tokens.
 Sources: Vaswani et al. 2017 (arXiv 1706.03762) eq. 1; Su et al. 2021 (arXiv 2104.09864) eq. 34 (rotary);
 Ainslie et al. 2023 (arXiv 2305.13245) (grouped queries); Beltagy et al. 2020 (arXiv 2004.05150) (window).
 The window counts the query's own token, so `window=1` sees only itself. `conv` adds a short causal
-convolution (linear, no activation) on q, k and v before the rotation, which lets one layer bind a token to the
-one before it (Arora et al. 2023, arXiv 2312.04927).
+convolution (linear, no activation) on q, k and v before the rotation, which lets one layer bind a token to
+the one before it (Arora et al. 2023, arXiv 2312.04927).
 """
 
 from dataclasses import dataclass
@@ -89,7 +89,7 @@ class Config:
         return (self.heads + 2 * self.G) * self.K
 
     def state_bytes(self) -> int:
-        """`4 (span (2 G K + 1) + 1 + (conv - 1)(H + 2 G) K)`: keys, values, slot positions, length, windows."""
+        """`4 (span (2 G K + 1) + 1 + (conv - 1)(H + 2 G) K)`: keys, values, positions, length, window."""
         window = max(self.conv - 1, 0) * self.channels
         return 4 * (self.span * (2 * self.G * self.K + 1) + 1 + window)
 

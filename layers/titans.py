@@ -73,7 +73,7 @@ class Config:
     momentum: bool = True
     activation: str = "silu"
     residual: bool = False  # the inner network is x + MLP(x)
-    max_rate: float = 0.1  # theta_max
+    max_rate: float = 0.3  # theta_max
     clip: float | None = 1.0
     conv: int = 4  # taps of the short convolution on q, k, v; 0 for none
 
