@@ -11,15 +11,16 @@ With q, k, v = silu(conv(W x)), q and k of unit length, M a network with weights
     o_t = M(q_t; W_t),      y_t = W_out( RMSNorm_head(o_t) * silu(W_gate x_t) )
 
 W_c are the weights at the start of the token's chunk. The paper writes the gradient at W_{t-1}, which is
-chunk = 1; its parallel form, and its experiments, use longer chunks, so `chunk` is part of the model and
-not a matter of speed. It counts from the start of the document.
+chunk = 1; its parallel form takes them at the start of longer chunks, so `chunk` is part of the model and not
+a matter of speed. It counts from the start of the document.
 
 Source: Behrouz, Zhong, Mirrokni 2024 (arXiv 2501.00663) eq. 8-15, sec. 3.2 (chunks) and 4.4 (convolution,
 norm and gate). The paper leaves open W_0, the form and range of theta, the biases of the gates, the width of
-M and the chunk. Three choices of ours keep a memory of two layers alive and its outer gradient finite for any
-length: the factor 1 - eta_t (a gradient moves W by theta_max in all, however long it echoes in S); `clip`, a
-soft bound on the norm of one token's gradient, g / sqrt(1 + |g|^2 / clip^2) per matrix (None: the bare rule);
-and slow forgetting at the start, because forgetting pulls W to 0, where every gradient of a deep M vanishes.
+M and the chunk. Three choices of ours keep a memory of two layers alive and the gradient through many chunks
+finite, which steps of any length do not: the factor 1 - eta_t (a gradient moves W by theta_max in all,
+however long it echoes in S); `clip`, a soft bound on the norm of one token's gradient per matrix,
+g / sqrt(1 + |g|^2 / clip^2) (None: the bare rule); and slow forgetting at the start, because forgetting pulls
+W to 0, where every gradient of a deep M vanishes.
 """
 
 from dataclasses import dataclass

@@ -1,7 +1,7 @@
 """What both implementations are told (the rule) and what they carry (the memory)."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +37,7 @@ def shift(memory: Memory, initial: Weights, sign: int) -> Memory:
     def shifted(weights: Weights) -> Weights:
         return tuple(w + sign * w0 for w, w0 in zip(weights, initial, strict=True))
 
-    return memory.replace(start=shifted(memory.start), weights=shifted(memory.weights))
+    return replace(memory, start=shifted(memory.start), weights=shifted(memory.weights))
 
 
 def select(rows: Array, yes: Memory, no: Memory) -> Memory:
@@ -48,4 +48,4 @@ def select(rows: Array, yes: Memory, no: Memory) -> Memory:
 def close_chunk(memory: Memory, chunk: int) -> Memory:
     """Where the chunk is full, the next one starts from the present weights."""
     full = memory.phase == chunk
-    return select(full, memory.replace(start=memory.weights, phase=jnp.zeros_like(memory.phase)), memory)
+    return select(full, replace(memory, start=memory.weights, phase=jnp.zeros_like(memory.phase)), memory)

@@ -1,5 +1,7 @@
 """The definition: one gradient step on one token, and its scan."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -35,11 +37,11 @@ def step(memory: Memory, q, k, v, rate, log_keep, log_momentum, *, rule: Rule):
     if log_momentum is not None:
         stay = jnp.exp(log_momentum)[..., None, None]
         change = tuple(stay * m + c for m, c in zip(memory.momentum, change, strict=True))
-        memory = memory.replace(momentum=change)
+        memory = replace(memory, momentum=change)
     keep = jnp.exp(log_keep)[..., None, None]
     weights = tuple(keep * w + c for w, c in zip(memory.weights, change, strict=True))
     out = read(weights, q, rule), each
-    return close_chunk(memory.replace(weights=weights, phase=memory.phase + 1), rule.chunk), out
+    return close_chunk(replace(memory, weights=weights, phase=memory.phase + 1), rule.chunk), out
 
 
 def memory_update(fresh, q, k, v, rate, log_keep, log_momentum, memory, segment_ids, rule):

@@ -47,14 +47,18 @@ class Tokens(NamedTuple):
     log_momentum: Array | None
 
 
+class MomentumCoefficients(NamedTuple):
+    in_weights: Array  # [B,H,C+1,1] of the momentum that enters, in the weights
+    keep: Array  # [B,H,1,1] of the momentum that enters, in the momentum at the end
+    gradient: Array  # [B,H,C] of each gradient, in the momentum at the end
+
+
 class Coefficients(NamedTuple):
     """How states and gradients enter the weights; rows are the C tokens and the end of the run."""
 
     keep: Array  # [B,H,C+1,1] of the weights that enter
-    momentum: Array | None  # [B,H,C+1,1] of the momentum that enters
     gradient: Array  # [B,H,C+1,C] of each gradient
-    keep_momentum: Array | None  # [B,H,1,1] of the momentum that enters, in the momentum at the end
-    gradient_momentum: Array | None  # [B,H,C] of each gradient, in the momentum at the end
+    momentum: MomentumCoefficients | None
 
 
 def _decays(log_gate: Array, pairs: Array) -> tuple[Array, Array]:
@@ -68,15 +72,17 @@ def _coefficients(tokens: Tokens, pairs: Array) -> Coefficients:
     keep, between = _decays(tokens.log_keep, pairs)
     rate = tokens.rate[..., None, :]
     if tokens.log_momentum is None:
-        return Coefficients(keep[..., None], None, between * rate, None, None)
+        return Coefficients(keep[..., None], between * rate, None)
     stay, momentum = _decays(tokens.log_momentum, pairs)
     momentum = momentum * rate
     return Coefficients(
         keep=keep[..., None],
-        momentum=jnp.sum(between * stay[..., None, :-1], -1, keepdims=True),
         gradient=jnp.einsum("bhts,bhsu->bhtu", between, momentum[..., :-1, :]),
-        keep_momentum=stay[..., -1:, None],
-        gradient_momentum=momentum[..., -1, :],
+        momentum=MomentumCoefficients(
+            in_weights=jnp.sum(between * stay[..., None, :-1], -1, keepdims=True),
+            keep=stay[..., -1:, None],
+            gradient=momentum[..., -1, :],
+        ),
     )
 
 
@@ -122,9 +128,9 @@ def _advance(memory: Memory, tokens: Tokens, pairs: Array, rule: Rule) -> tuple[
         new = c.keep[..., -1:, :] * w - _outer(x, c.gradient[..., -1, :], delta)
         if c.momentum is not None:
             s = memory.momentum[i]
-            z = z + c.momentum[..., :-1, :] * _times(hidden, s)
-            new = new + c.momentum[..., -1:, :] * s
-            momentum.append(c.keep_momentum * s - _outer(x, c.gradient_momentum, delta))
+            z = z + c.momentum.in_weights[..., :-1, :] * _times(hidden, s)
+            new = new + c.momentum.in_weights[..., -1:, :] * s
+            momentum.append(c.momentum.keep * s - _outer(x, c.momentum.gradient, delta))
         weights.append(new)
         hidden = z if i == last else rule.activation(z)
     phase = memory.phase + jnp.sum(pairs[:, -1], -1, dtype=memory.phase.dtype)
@@ -161,7 +167,7 @@ class Groups(NamedTuple):
 
 def _groups(real: Array, run: Array | None, carry_run: Array | None, room: Array) -> Groups:
     """`real [B,C]`: not padding; `room [B]`: tokens left in the chunk that the block is entered in."""
-    continuing = real if run is None else real & (run == carry_run[:, None])
+    continuing = real if run is None or carry_run is None else real & (run == carry_run[:, None])
     in_chunk = jnp.arange(real.shape[1]) < room[:, None]
     members = [continuing & in_chunk, continuing & ~in_chunk]
     pairs = [_pairs(m) for m in members]
@@ -192,13 +198,13 @@ def _block(carry, inputs, fresh: Memory, aligned: bool, rule: Rule):
     """One block. `aligned`: every block is entered at the start of a chunk, and there is one document."""
     (memory, carry_run), (tokens, run, real) = carry, inputs
     if aligned:
-        memory, *out = _advance(memory, tokens, _pairs(real), rule)
-        return (memory, carry_run), out
+        memory, out, surprise = _advance(memory, tokens, _pairs(real), rule)
+        return (memory, carry_run), (out, surprise)
     groups = _groups(real, run, carry_run, rule.chunk - memory.phase)
     empty = (jnp.zeros_like(tokens.v), jnp.zeros_like(tokens.rate))
     visit = partial(_visit, fresh=fresh, tokens=tokens, rule=rule)
-    (memory, *out), _ = jax.lax.scan(visit, (memory, *empty), groups)
-    return (memory, carry_run if run is None else run[:, -1]), out
+    (memory, out, surprise), _ = jax.lax.scan(visit, (memory, *empty), groups)
+    return (memory, carry_run if run is None else run[:, -1]), (out, surprise)
 
 
 def memory_update(fresh, q, k, v, rate, log_keep, log_momentum, memory, segment_ids, rule):
