@@ -30,7 +30,7 @@ def _list(_) -> int:
         layers.add_row(name, registry.summary(name))
     configs = Table("config", "what it does", title="configs")
     for name in overrides.config_names():
-        configs.add_row(name, overrides.load(name)[1].strip().splitlines()[0])
+        configs.add_row(name, overrides.description(name))
     console = Console()
     console.print(layers, configs)
     return 0
@@ -113,6 +113,7 @@ def _generate(options) -> int:
         key=jax.random.key(options.seed),
         temperature=options.temperature,
         top_k=options.top_k,
+        limit=tokenizer.vocab_size,
     )
     print(options.prompt + tokenizer.decode(tokens[0].tolist()))
     return 0

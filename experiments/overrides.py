@@ -4,6 +4,7 @@ A config file is Python that defines `config`: a `Run`, or a `Comparison` of sev
 `--optimizer.lr=3e-4` replaces one field of it; in a comparison, of every run.
 """
 
+import ast
 import dataclasses
 import difflib
 import importlib.util
@@ -22,6 +23,12 @@ CONFIGS = Path(__file__).parent / "configs"
 def config_names() -> list[str]:
     """Names of the configs that ship with the zoo."""
     return sorted(path.stem for path in CONFIGS.glob("*.py") if path.stem != "__init__")
+
+
+def description(name: str) -> str:
+    """The first line of a shipped config's documentation; the file is not run."""
+    doc = ast.get_docstring(ast.parse((CONFIGS / f"{name}.py").read_text())) or ""
+    return doc.splitlines()[0]
 
 
 def load(name: str) -> tuple[Any, str]:

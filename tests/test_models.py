@@ -18,8 +18,7 @@ def tokens(batch=2, length=13, vocab=11):
     return jax.random.randint(jax.random.key(1), (batch, length), 0, vocab)
 
 
-@pytest.mark.parametrize("tie", [True, False])
-@pytest.mark.parametrize("mlp", ["swiglu", "none"])
+@pytest.mark.parametrize(("tie", "mlp"), [(True, "swiglu"), (False, "none")])
 def test_language_model_by_steps(tie, mlp):
     cfg = dataclasses.replace(HYBRID, tie=tie, mlp=mlp)
     params, x = lm.init(jax.random.key(0), cfg), tokens()

@@ -40,8 +40,9 @@ def test_gated_linear_attention(form, length, packed):
     assert_close(run("xla"), run("reference"))
 
 
-@pytest.mark.parametrize("scale", [0.0, 5.0, 50.0])
-def test_channel_decay_never_overflows(scale, float32):
+# At -50 a step the running sum of a chunk reaches -1,600, where float32 is spaced by 1.2e-4.
+@pytest.mark.parametrize(("scale", "bound"), [(0.0, 1e-5), (5.0, 1e-5), (50.0, 1e-4)])
+def test_channel_decay_never_overflows(scale, bound, float32):
     """64 steps at -5 each would need e^320; every exponent is formed as a difference <= 0 instead."""
     q, k, v = normal(0, 1, 96, 2, 8), normal(1, 1, 96, 2, 8), normal(2, 1, 96, 2, 8)
     g = -scale * jax.random.uniform(jax.random.key(3), (1, 96, 2, 8))
@@ -55,7 +56,7 @@ def test_channel_decay_never_overflows(scale, float32):
     )
     for a, b in zip(fast, slow, strict=True):
         assert np.all(np.isfinite(a))
-        np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4)
+        assert np.linalg.norm(a - b) <= bound * np.linalg.norm(b)
 
 
 def test_key_heads_must_divide_value_heads():

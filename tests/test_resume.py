@@ -1,4 +1,4 @@
-"""Every layer: train 2N steps == train N, stop, resume, train N more: bit-identical parameters and metrics."""
+"""Every layer: 2N steps == N steps, stop, resume, N more: bit-identical parameters and metrics."""
 
 import jax
 import numpy as np

@@ -10,8 +10,9 @@ from layers.common import require
 from zoo import lm
 
 
-def _choose(key: Array, logits: Array, temperature: float, top_k: int | None) -> Array:
-    """The next token `[B]` from `logits [B, vocab]`: the best one at temperature 0, else a sample."""
+def _choose(key: Array, logits: Array, temperature: float, top_k: int | None, limit: int) -> Array:
+    """The next token `[B]`, below `limit`: the best one at temperature 0, else a sample."""
+    logits = logits[:, :limit]
     if temperature == 0:
         return jnp.argmax(logits, -1)
     if top_k is not None:
@@ -20,14 +21,14 @@ def _choose(key: Array, logits: Array, temperature: float, top_k: int | None) ->
     return jax.random.categorical(key, logits / temperature)
 
 
-@partial(jax.jit, static_argnames=("cfg", "steps", "temperature", "top_k"))
-def _generate(params, cfg, prompt, key, *, steps, temperature, top_k):
+@partial(jax.jit, static_argnames=("cfg", "steps", "temperature", "top_k", "limit"))
+def _generate(params, cfg, prompt, key, *, steps, temperature, top_k, limit):
     h, state, _ = lm.hidden(params, cfg, prompt)
     logits = lm.logits(params, cfg, h[:, -1])
 
     def body(carry, key):
         logits, state = carry
-        token = _choose(key, logits, temperature, top_k)
+        token = _choose(key, logits, temperature, top_k, limit)
         return lm.step(params, cfg, token, state), token
 
     _, tokens = jax.lax.scan(body, (logits, state), jax.random.split(key, steps))
@@ -43,12 +44,13 @@ def generate(
     key: Array | None = None,
     temperature: float = 1.0,
     top_k: int | None = None,
+    limit: int | None = None,
 ) -> Array:
     """Continue `prompt [B, T]` (T >= 1) by `steps` tokens: `[B, steps]`.
 
-    `temperature=0` is greedy; `top_k` samples among the k most likely tokens. `key` defaults to
-    `jax.random.key(0)`. Raises ValueError for an empty prompt, token ids outside the vocabulary or
-    nonsensical settings.
+    `temperature=0` is greedy; `top_k` samples among the k most likely tokens; ids from `limit` on, which a
+    padded vocabulary has, are never produced. `key` defaults to `jax.random.key(0)`. Raises ValueError for
+    an empty prompt, token ids outside the vocabulary or nonsensical settings.
     """
     prompt = jnp.atleast_2d(jnp.asarray(prompt))
     require(prompt.shape[1] >= 1, "generate: the prompt is empty; give at least one token")
@@ -58,9 +60,9 @@ def generate(
     )
     require(steps >= 1, f"generate: steps={steps} must be at least 1")
     require(temperature >= 0, f"generate: temperature={temperature} must be at least 0")
-    require(
-        top_k is None or 1 <= top_k <= cfg.vocab_size,
-        f"generate: top_k={top_k} must be between 1 and {cfg.vocab_size}",
-    )
+    limit = cfg.vocab_size if limit is None else limit
+    require(1 <= limit <= cfg.vocab_size, f"generate: limit={limit} must be in [1, {cfg.vocab_size}]")
+    require(top_k is None or 1 <= top_k <= limit, f"generate: top_k={top_k} must be in [1, {limit}]")
     key = jax.random.key(0) if key is None else key
-    return _generate(params, cfg, prompt, key, steps=steps, temperature=temperature, top_k=top_k)
+    settings = {"steps": steps, "temperature": temperature, "top_k": top_k, "limit": limit}
+    return _generate(params, cfg, prompt, key, **settings)

@@ -12,14 +12,14 @@ from experiments.config import Optimizer, Run
 from experiments.recall import RecallData
 from zoo import lm, registry
 
-WIDTH, STEPS = 32, 800
+WIDTH, STEPS = 32, 600
 DATA = RecallData(vocab_size=512, length=64, pairs=8, train_examples=20_000, eval_examples=1_000)
 
 
 def run(name: str, **settings) -> Run:
     layer = registry.config(name, WIDTH, **settings)
     model = lm.Config(vocab_size=512, width=WIDTH, depth=2, pattern=(layer,), mlp="none", remat=False)
-    optimizer = Optimizer(lr=5e-3, warmup_steps=50, weight_decay=0.1)
+    optimizer = Optimizer(lr=1e-2, warmup_steps=50, weight_decay=0.1)
     return Run(model=model, data=DATA, optimizer=optimizer, steps=STEPS, batch_size=32, log_every=20)
 
 

@@ -27,8 +27,9 @@ def model(name: str, **settings) -> lm.Config:
 
 def matched(cfg: lm.Config, parameters: int) -> lm.Config:
     """`cfg` with the MLP width that brings it closest to `parameters`."""
-    candidates = [dataclasses.replace(cfg, expansion=hidden / WIDTH) for hidden in range(8, 1025, 8)]
-    return min(candidates, key=lambda c: abs(lm.param_count(c) - parameters))
+    rest = lm.param_count(cfg) - DEPTH * cfg.mlp_weights()
+    hidden = min(range(8, 1025, 8), key=lambda n: abs(rest + 2 * DEPTH * WIDTH * n - parameters))
+    return dataclasses.replace(cfg, expansion=hidden / WIDTH)
 
 
 def run(cfg: lm.Config) -> Run:
@@ -37,10 +38,10 @@ def run(cfg: lm.Config) -> Run:
 
 ATTENTION = model("attention", heads=4, max_length=LENGTH)
 FAMILIES = {
-    "s4": model("s4"),
+    "s4": model("s4", state_dim=32),
     "mamba": model("mamba"),
     "gla": model("gla", heads=4),
-    "mixture_of_memories": model("mixture_of_memories", heads=4),
+    "mixture_of_memories": model("mixture_of_memories", heads=4, key_dim=16),
     "titans": model("titans", heads=4),
 }
 
