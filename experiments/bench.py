@@ -33,8 +33,6 @@ from zoo import registry
 RESULTS = Path(__file__).parent / "results"
 LENGTHS = (1024, 4096, 16384, 32768)
 WIDTH, BATCH, REPEATS = 128, 1, 5
-# Settings that make the rows comparable: four heads, full attention over every length.
-SETTINGS: dict[str, dict[str, Any]] = {"attention": {"max_length": max(LENGTHS)}}
 
 
 def compiled(function: Callable, *args) -> tuple[Any, float]:
@@ -85,12 +83,12 @@ def decode_seconds(layer, cfg, params, batch: int = BATCH, steps: int = 256) -> 
 
 def bench_layer(name: str, lengths: tuple[int, ...], naive: bool = True) -> list[dict]:
     """Rows of one layer, shortest length first."""
-    cfg = registry.config(name, WIDTH, **SETTINGS.get(name, {}))
-    layer = registry.module(cfg)
-    params = layer.init(jax.random.key(0), cfg)
-    decode = decode_seconds(layer, cfg, params)
     rows = []
     for length in lengths:
+        # Full attention holds as many tokens as there are; no other state knows of the length.
+        cfg = registry.config(name, WIDTH, **({"max_length": length} if name == "attention" else {}))
+        layer = registry.module(cfg)
+        params = layer.init(jax.random.key(0), cfg)
         x = jax.random.normal(jax.random.key(2), (BATCH, length, WIDTH))
         forward, first = compiled(partial(_forward, layer, cfg, None), params, x)
         gradient, second = compiled(partial(_gradient, layer, cfg, None), params, x)
@@ -104,7 +102,7 @@ def bench_layer(name: str, lengths: tuple[int, ...], naive: bool = True) -> list
             "us_per_token": 1e6 * seconds / (BATCH * length),
             "compile_s": first + second,
             "temporary_MB": gradient.memory_analysis().temp_size_in_bytes / 1e6,
-            "decode_us": 1e6 * decode,
+            "decode_us": 1e6 * decode_seconds(layer, cfg, params),
             "peak_share": 3 * cfg.flops_per_token(length) * BATCH * length / seconds / peak_flops("float32"),
             "naive_ms": None,
         }
@@ -153,6 +151,17 @@ def markdown(rows: list[dict], note: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def write(rows: list[dict], directory: Path) -> None:
+    """`layers.csv` and `layers.md`."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / "layers.csv").open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    note = f"`python -m experiments.bench layers`: width {WIDTH}, batch {BATCH}, float32. {machine()}."
+    (directory / "layers.md").write_text(markdown(rows, note))
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m experiments.bench", description=__doc__.split("\n")[0])
     parser.add_argument("what", choices=["layers"])
@@ -162,14 +171,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     lengths = tuple(int(t) for t in options.lengths.split(","))
     print(machine(), flush=True)
-    rows = [row for name in options.layers.split(",") for row in bench_layer(name, lengths)]
-    options.out.mkdir(parents=True, exist_ok=True)
-    with (options.out / "layers.csv").open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    note = f"`python -m experiments.bench layers`: width {WIDTH}, batch {BATCH}, float32. {machine()}."
-    (options.out / "layers.md").write_text(markdown(rows, note))
+    rows: list[dict] = []
+    for name in options.layers.split(","):
+        rows += bench_layer(name, lengths)
+        write(rows, options.out)
     print(options.out / "layers.md")
     return 0
 
