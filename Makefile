@@ -19,11 +19,8 @@ lint: $(READY)  ## style, formatting, types
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 
-# glibc by default returns large arrays to the system at once, and the next one pays for its pages again.
-KEEP_MEMORY = GLIBC_TUNABLES=glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184:glibc.malloc.top_pad=268435456
-
 bench: $(READY)  ## speed and memory of every layer, written to experiments/results
-	$(KEEP_MEMORY) .venv/bin/python -m experiments.bench layers
+	.venv/bin/python -m experiments.bench layers
 
 $(READY): constraints.txt pyproject.toml
 	@test -n "$(PYTHON)" || { echo "make: Python 3.12 or newer is needed; name it with PYTHON=..."; exit 1; }

@@ -75,7 +75,7 @@ def _cell(summary: dict, key: str, form: str) -> str:
 def table(title: str, results: dict[str, Result]) -> Table:
     """Summaries as a table for the terminal."""
     grid = Table(title=title)
-    grid.add_column("model")
+    grid.add_column("model", no_wrap=True)
     for _, heading, _ in COLUMNS:
         grid.add_column(heading, justify="right")
     for label, result in results.items():
