@@ -5,6 +5,7 @@ A finished run of the comparison is not trained again, an interrupted one goes o
 
 import csv
 import dataclasses
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,7 +52,8 @@ def compare(comparison: Comparison, directory: Path, *, progress: bool = True) -
     Returns results by label. A signal stops the comparison after the run it hits has saved a checkpoint.
     """
     results: dict[str, Result] = {}
-    console = Console()
+    # Into a file or a pipe the table goes at its full width.
+    console = Console(width=None if sys.stdout.isatty() else 120)
     for number, (label, run) in enumerate(comparison.runs, 1):
         if progress:
             console.print(f"[{number}/{len(comparison.runs)}] {label}", highlight=False, markup=False)
