@@ -343,7 +343,7 @@ def test_config_is_static_and_checked(name):
 @by_row
 def test_parameter_names_tell_the_optimiser(name):
     """`w_*` has at least two axes and exactly one `w_out` leads back to the width (layers/__init__.py)."""
-    layer, _, params, _ = setup(name)
+    _, _, params, _ = setup(name)
     paths = {
         "/".join(k.key for k in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)
     }
@@ -351,4 +351,3 @@ def test_parameter_names_tell_the_optimiser(name):
         if path.rsplit("/", 1)[-1].startswith("w_"):
             assert leaf.ndim >= 2, path
     assert sum(path.rsplit("/", 1)[-1] == "w_out" for path in paths) == 1
-    assert {f.name for f in layer.State.__dataclass_fields__.values()}
