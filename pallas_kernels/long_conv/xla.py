@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels.chunks import chunk_segments, segment_starts
+from pallas_kernels.chunks import chunk_segments
 from pallas_kernels.long_conv.kernels import cauchy, powers, truncate, vandermonde
 from pallas_kernels.long_conv.reference import bilinear, dplr_advance
 
@@ -184,11 +184,9 @@ def _run(u: Array, tables: Tables, state: Array, segment_ids: Array | None):
     """Full chunks, then the tail as a shorter one; `u [B,T,D]`, stacked `state [B,D,S]`."""
     length = u.shape[1]
     full = length - length % CHUNK
-    # Counting the starts makes ids that come back later a segment of their own.
     runs = None
     if segment_ids is not None:
-        run = jnp.cumsum(segment_starts(segment_ids), 1)
-        runs = run, jnp.concatenate([run[:, :1], run[:, :-1]], 1)
+        runs = segment_ids, jnp.concatenate([segment_ids[:, :1], segment_ids[:, :-1]], 1)
     outputs = []
     for span, chunk in ((slice(0, full), CHUNK), (slice(full, length), length - full)):
         if span.start < span.stop:

@@ -30,7 +30,6 @@ from pallas_kernels.chunks import (
     chunk_length,
     join_time,
     masked_exp,
-    segment_starts,
     split_time,
 )
 from pallas_kernels.memory_update.memory import Memory, Rule, Weights, close_chunk, select
@@ -219,9 +218,7 @@ def memory_update(fresh, q, k, v, rate, log_keep, log_momentum, memory, segment_
     real = split_time(jnp.ones((1, length), bool), block)
     run = carry_run = None
     if segment_ids is not None:
-        run = jnp.cumsum(segment_starts(segment_ids), 1)
-        carry_run = run[:, 0]
-        run = split_time(run, block, edge=True)
+        run, carry_run = split_time(segment_ids, block, edge=True), segment_ids[:, 0]
     aligned = memory is None and segment_ids is None
     body = jax.checkpoint(partial(_block, fresh=fresh, aligned=aligned, rule=rule))
     carry = (fresh if memory is None else memory, carry_run)
