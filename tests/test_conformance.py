@@ -4,6 +4,8 @@ Rows come from `tests/rows.py`; a new architecture adds a row there and nothing 
 """
 
 import functools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +45,7 @@ def setup(name, length=LENGTH, batch=2, seed=0):
     return layer, cfg, jax.tree.unflatten(tree, leaves), x
 
 
+@jax.jit
 def functional(tree):
     """A generic smooth number of a pytree: every float and complex leaf counts, with its own weights."""
     total = 0.0
@@ -55,16 +58,22 @@ def functional(tree):
 
 
 def values_and_gradients(run, *args):
-    """Outputs of `run(*args) -> (y, state)` and the gradients of a functional of both."""
+    """Outputs of `run(*args) -> (y, state)` and the gradients of a functional of both.
+
+    `run` is not compiled as a whole: tests compose it of verbs that are compiled once (`verbs`).
+    """
 
     def loss(*args):
         out = run(*args)
         return functional(out), out
 
-    gradients, out = jax.jit(jax.grad(loss, argnums=tuple(range(len(args))), has_aux=True, allow_int=True))(
-        *args
-    )
+    gradients, out = jax.grad(loss, argnums=tuple(range(len(args))), has_aux=True, allow_int=True)(*args)
     return out, gradients
+
+
+def values_and_gradients_at_once(run, *args):
+    """The same in one program of its own, for a `run` that is composed of nothing compiled."""
+    return jax.jit(functools.partial(values_and_gradients, run))(*args)
 
 
 def assert_close(actual, desired, tolerance=TOLERANCE):
@@ -75,91 +84,107 @@ def assert_close(actual, desired, tolerance=TOLERANCE):
         np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
 
 
-def whole(layer, cfg):
+def compiled(run):
+    """`run` as two programs per shape, forward and pull-back, however little of either a test asks for.
+
+    Most of the time of these tests is compilation, so they share programs instead of compiling their own.
+    """
+    forward = jax.jit(lambda *args: jax.vjp(run, *args))
+    call = jax.custom_vjp(lambda *args: forward(*args)[0])
+    call.defvjp(forward, jax.jit(lambda pull, cotangents: pull(cotangents)))
+    return call
+
+
+@functools.cache
+def verbs(name):
+    """`apply(params, x, state)`, the same with segment ids, and `step(params, x_t, state)`, compiled."""
+    layer, cfg, *_ = setup(name)
+
+    def apply(params, x, state, ids=None):
+        return layer.apply(params, cfg, x, state, segment_ids=ids)[:2]
+
+    return Verbs(
+        apply, compiled(apply), compiled(lambda params, x_t, state: layer.step(params, cfg, x_t, state))
+    )
+
+
+class Verbs(NamedTuple):
+    plain: Callable  # apply, not compiled
+    apply: Callable  # (params, x, state, ids=None) -> (y, state)
+    step: Callable  # (params, x_t, state) -> (y_t, state)
+
+
+def by_steps(name):
     def run(params, x, state):
-        y, state, _ = layer.apply(params, cfg, x, state)
-        return y, state
+        out = []
+        for x_t in jnp.unstack(x, axis=1):
+            y, state = verbs(name).step(params, x_t, state)
+            out.append(y)
+        return jnp.stack(out, 1), state
 
     return run
 
 
-def by_steps(layer, cfg):
-    def run(params, x, state):
-        def body(state, x_t):
-            y, state = layer.step(params, cfg, x_t, state)
-            return state, y
-
-        state, y = jax.lax.scan(body, state, jnp.swapaxes(x, 0, 1))
-        return jnp.swapaxes(y, 0, 1), state
-
-    return run
-
-
-def in_pieces(layer, cfg, *cuts):
+def in_pieces(name, *cuts):
     def run(params, x, state):
         out = []
         for piece in jnp.split(x, cuts, 1):
-            y, state, _ = layer.apply(params, cfg, piece, state)
+            y, state = verbs(name).apply(params, piece, state)
             out.append(y)
         return jnp.concatenate(out, 1), state
 
     return run
 
 
-def warm_state(layer, cfg, params, batch=2):
+def warm_state(name, params):
     """A state that has seen something, of a length that fits no chunk."""
-    past = jax.random.normal(jax.random.key(9), (batch, 5, cfg.width))
-    return layer.apply(params, cfg, past)[1]
+    layer, cfg, *_ = setup(name)
+    past = jax.random.normal(jax.random.key(9), (2, 4, cfg.width))
+    return verbs(name).apply(params, past, layer.init_state(cfg, 2))[1]
 
 
 @functools.cache
 def all_at_once(name):
     """Arguments (parameters, inputs, a warm state), and values and gradients of `apply` there."""
-    layer, cfg, params, x = setup(name)
-    arguments = (params, x, warm_state(layer, cfg, params))
-    return arguments, values_and_gradients(whole(layer, cfg), *arguments)
+    _, _, params, x = setup(name)
+    arguments = (params, x, warm_state(name, params))
+    return arguments, values_and_gradients(verbs(name).apply, *arguments)
 
 
 @by_row
 def test_step_equals_apply(name):
-    layer, cfg, *_ = setup(name)
     arguments, result = all_at_once(name)
-    assert_close(result, values_and_gradients(by_steps(layer, cfg), *arguments))
+    assert_close(result, values_and_gradients(by_steps(name), *arguments))
 
 
 @by_row
 def test_pieces_equal_the_whole(name):
-    """One token, a piece that ends inside a chunk, and one that begins there and fills the next."""
-    layer, cfg, *_ = setup(name)
+    """One token, a piece that ends inside a chunk, and one that begins there and ends inside the next."""
     arguments, result = all_at_once(name)
-    assert_close(values_and_gradients(in_pieces(layer, cfg, 1, 18), *arguments), result)
+    assert_close(values_and_gradients(in_pieces(name, 1, 5), *arguments), result)
 
 
 @by_row
 def test_no_state_is_the_empty_state(name):
     layer, cfg, params, x = setup(name)
-    with_state = jax.jit(whole(layer, cfg))(params, x, layer.init_state(cfg, 2))
-    y, state, _ = jax.jit(functools.partial(layer.apply, cfg=cfg))(params, x=x)
-    assert_close((y, state), with_state)
+    with_state = verbs(name).apply(params, x, layer.init_state(cfg, 2))
+    assert_close(jax.jit(verbs(name).plain)(params, x, None), with_state)
 
 
 @by_row
-@pytest.mark.parametrize("length", [1, 3])
+@pytest.mark.parametrize("length", [1, 4])
 def test_short_sequences(name, length):
-    layer, cfg, params, x = setup(name, length)
-    state = warm_state(layer, cfg, params)
-    expected = values_and_gradients(by_steps(layer, cfg), params, x, state)
-    assert_close(values_and_gradients(whole(layer, cfg), params, x, state), expected)
+    (params, x, state), _ = all_at_once(name)
+    expected = values_and_gradients(by_steps(name), params, x[:, :length], state)
+    assert_close(values_and_gradients(verbs(name).apply, params, x[:, :length], state), expected)
 
 
 @by_row
 def test_implementations_agree(name):
-    layer, cfg, params, x = setup(name)
-    out = [
-        jax.jit(lambda p, x, i=i: layer.apply(p, cfg, x, implementation=i)[:2])(params, x)
-        for i in (None, "reference")
-    ]
-    assert_close(*out)
+    layer, cfg, *_ = setup(name)
+    (params, x, state), (expected, _) = all_at_once(name)
+    reference = jax.jit(lambda *args: layer.apply(args[0], cfg, *args[1:], implementation="reference")[:2])
+    assert_close(reference(params, x, state), expected)
     with pytest.raises(ValueError, match="no implementation 'abacus'"):
         layer.apply(params, cfg, x, implementation="abacus")
 
@@ -167,46 +192,43 @@ def test_implementations_agree(name):
 @by_row
 def test_causal_in_time_and_across_the_batch(name):
     """d y[b, t] / d x[b', t'] is exactly zero for t' > t and for b' != b."""
-    layer, cfg, params, x = setup(name)
-    direction = jax.random.normal(jax.random.key(3), (cfg.width,))
-
-    @jax.jit
-    @jax.vmap
-    def gradient(t):
-        return jax.grad(lambda x: layer.apply(params, cfg, x)[0][0, t] @ direction)(x)
-
-    times = np.arange(0, LENGTH, 4)
-    for t, g in zip(times, gradient(times), strict=True):
+    (params, x, state), _ = all_at_once(name)
+    direction = jax.random.normal(jax.random.key(3), (x.shape[-1],))
+    y, pull = jax.vjp(lambda x: verbs(name).apply(params, x, state)[0], x)
+    for t in range(0, LENGTH, 4):
+        cotangent = np.zeros(y.shape)
+        cotangent[0, t] = direction
+        g = np.asarray(pull(jnp.asarray(cotangent))[0])
         assert np.all(g[0, t + 1 :] == 0)
         assert np.all(g[1] == 0)
         assert np.any(g[0, t] != 0)
 
 
-# Row 0 has boundaries inside and at the end of chunks and a document of one token; row 1 has two documents.
-DOCUMENTS = [[5, 1, 31], [32, 5]]
+# Boundaries inside and at the end of chunks; in each row a document of one token.
+DOCUMENTS = [[32, 1, 4], [4, 1, 32]]
 
 
 @by_row
 def test_packed_equals_separate(name):
-    layer, cfg, params, x = setup(name)
+    layer, cfg, *_ = setup(name)
+    arguments, _ = all_at_once(name)
     # The same id comes again in later documents: what counts is where it changes.
-    ids = jnp.array([np.repeat(np.arange(len(d)) % 2 + 3, d) for d in DOCUMENTS])
-    state = warm_state(layer, cfg, params)
+    ids = jnp.array([np.repeat([3, 4, 3], d) for d in DOCUMENTS])
 
     def packed(params, x, state):
-        y, state, _ = layer.apply(params, cfg, x, state, segment_ids=ids)
-        return y, state
+        return verbs(name).apply(params, x, state, ids)
 
     def separate(params, x, state):
+        """Each document twice in a batch of its own: shapes that are compiled already."""
         rows, states = [], []
         for b, lengths in enumerate(DOCUMENTS):
-            own, out = jax.tree.map(lambda s, b=b: s[b : b + 1], state), []
-            for piece in jnp.split(x[b : b + 1], np.cumsum(lengths)[:-1], 1):
-                y, last, _ = layer.apply(params, cfg, piece, own)
-                out.append(y)
-                own = layer.init_state(cfg, 1)
+            own, out = jax.tree.map(lambda s, b=b: s[jnp.array([b, b])], state), []
+            for piece in jnp.split(x[b], np.cumsum(lengths)[:-1]):
+                y, last = verbs(name).apply(params, jnp.stack([piece] * 2), own)
+                out.append(y[:1])
+                own = layer.init_state(cfg, 2)
             rows.append(jnp.concatenate(out, 1))
-            states.append(last)
+            states.append(jax.tree.map(lambda s: s[:1], last))
         return jnp.concatenate(rows), jax.tree.map(lambda *s: jnp.concatenate(s), *states)
 
     def comparable(run):
@@ -215,28 +237,26 @@ def test_packed_equals_separate(name):
         def outputs(params, x, state):
             y, state = run(params, x, state)
             probe = jax.random.normal(jax.random.key(4), (2, cfg.width))
-            return y, layer.step(params, cfg, probe, state)[0]
+            return y, verbs(name).step(params, probe, state)[0]
 
         return outputs
 
-    expected = values_and_gradients(comparable(separate), params, x, state)
-    assert_close(values_and_gradients(comparable(packed), params, x, state), expected)
+    expected = values_and_gradients(comparable(separate), *arguments)
+    assert_close(values_and_gradients(comparable(packed), *arguments), expected)
 
 
 @by_row
 def test_one_document_ids_change_nothing(name):
-    layer, cfg, *_ = setup(name)
     arguments, (plain, _) = all_at_once(name)
-    ids = jnp.full((2, LENGTH), 7)
-    y, new, _ = jax.jit(lambda p, x, s: layer.apply(p, cfg, x, s, segment_ids=ids))(*arguments)
-    assert_close((y, new), plain)
+    assert_close(verbs(name).apply(*arguments, jnp.full((2, LENGTH), 7)), plain)
 
 
 @by_row
 def test_bfloat16(name, float32):
     layer, cfg, params, x = setup(name)
-    y32, state32, _ = jax.jit(functools.partial(layer.apply, cfg=cfg))(params, x=x)
-    y16, state16, _ = jax.jit(functools.partial(layer.apply, cfg=cfg))(params, x=x.astype(jnp.bfloat16))
+    state = layer.init_state(cfg, 2)
+    y32, state32 = verbs(name).apply(params, x, state)
+    y16, state16 = jax.jit(verbs(name).plain)(params, x.astype(jnp.bfloat16), state)
     assert y16.dtype == jnp.bfloat16
     assert jax.tree.map(lambda s: s.dtype, state16) == jax.tree.map(lambda s: s.dtype, state32)
     error = jnp.sqrt(jnp.mean((y16.astype(jnp.float32) - y32) ** 2) / jnp.mean(y32**2))
@@ -247,9 +267,8 @@ def test_bfloat16(name, float32):
 @pytest.mark.parametrize("scale", [0.0, 100.0])
 def test_extreme_gates(name, scale, float32):
     """Inputs that drive every gate to its ends (or leave it at its bias) give finite values, gradients."""
-    layer, cfg, params, x = setup(name)
-    state = warm_state(layer, cfg, params)
-    out = values_and_gradients(whole(layer, cfg), params, scale * x, state)
+    _, _, params, x = setup(name)
+    out = values_and_gradients(verbs(name).apply, params, scale * x, warm_state(name, params))
     for leaf in jax.tree.leaves(out):
         assert leaf.dtype == jax.dtypes.float0 or np.all(np.isfinite(leaf))
 
@@ -285,29 +304,29 @@ def test_state_is_constant_and_documented(name, float32):
 
 @by_row
 def test_vmap_and_remat(name):
-    layer, cfg, *_ = setup(name)
-    arguments, result = all_at_once(name)
-    run = whole(layer, cfg)
-    assert_close(values_and_gradients(jax.checkpoint(run), *arguments), result)
+    (params, x, state), _ = all_at_once(name)
+    arguments = params, x[:, :4], state
+    expected = values_and_gradients(verbs(name).apply, *arguments)
+    assert_close(values_and_gradients(jax.jit(jax.checkpoint(verbs(name).plain)), *arguments), expected)
     x, state = jax.tree.map(lambda a: a[:, None], arguments[1:])
-    y, _ = jax.jit(jax.vmap(lambda x, state: run(arguments[0], x, state)))(x, state)
-    assert_close(y[:, 0], result[0][0])
+    y, _ = jax.jit(jax.vmap(functools.partial(verbs(name).plain, params)))(x, state)
+    assert_close(y[:, 0], expected[0][0])
 
 
 @by_row
 def test_donated_state(name):
-    layer, cfg, *_ = setup(name)
     (params, x, state), (expected, _) = all_at_once(name)
-    donating = jax.jit(whole(layer, cfg), donate_argnums=2)
+    donating = jax.jit(verbs(name).plain, donate_argnums=2)
     assert_close(donating(params, x, jax.tree.map(jnp.copy, state)), expected)
 
 
 @by_row
 def test_sharded_over_batch_and_time(name):
     """Batch: shards know nothing of each other. Time: the state travels from shard to shard."""
-    layer, cfg, params, x = setup(name, 32)
+    layer, cfg, params, x = setup(name)
+    x = x[:, :32]
     mesh = Mesh(np.array(jax.devices()[:2]), ("shard",))
-    expected = jax.jit(lambda x: layer.apply(params, cfg, x)[0])(x)
+    expected, _ = verbs(name).apply(params, x, layer.init_state(cfg, 2))
 
     def batch_shard(x):
         return layer.apply(params, cfg, x)[0]
