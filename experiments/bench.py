@@ -89,15 +89,15 @@ def decode_seconds(layer, cfg, params, batch: int = BATCH, steps: int = 256) -> 
     return median_seconds(compiled(loop, *args)[0], *args) / steps
 
 
-def bench_layer(name: str, lengths: tuple[int, ...], naive: bool = True) -> list[dict]:
+def bench_layer(name: str, lengths: tuple[int, ...], width: int = WIDTH) -> list[dict]:
     """Rows of one layer, shortest length first."""
     rows = []
     for length in lengths:
         # Full attention holds as many tokens as there are; no other state knows of the length.
-        cfg = registry.config(name, WIDTH, **({"max_length": length} if name == "attention" else {}))
+        cfg = registry.config(name, width, **({"max_length": length} if name == "attention" else {}))
         layer = registry.module(cfg)
         params = layer.init(jax.random.key(0), cfg)
-        x = jax.random.normal(jax.random.key(2), (BATCH, length, WIDTH))
+        x = jax.random.normal(jax.random.key(2), (BATCH, length, width))
         forward, first = compiled(partial(_forward, layer, cfg, None), params, x)
         gradient, second = compiled(partial(_gradient, layer, cfg, None), params, x)
         seconds = median_seconds(gradient, params, x)
@@ -115,7 +115,7 @@ def bench_layer(name: str, lengths: tuple[int, ...], naive: bool = True) -> list
             "naive_forward_ms": None,
             "naive_ms": None,
         }
-        if naive and length == lengths[0]:
+        if length == lengths[0]:
             for column, run in (("naive_forward_ms", _forward), ("naive_ms", _gradient)):
                 program, _ = compiled(partial(run, layer, cfg, "reference"), params, x)
                 row[column] = 1e3 * median_seconds(program, params, x)
@@ -161,15 +161,16 @@ def markdown(rows: list[dict], note: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write(rows: list[dict], directory: Path) -> None:
-    """`layers.csv` and `layers.md`."""
+def write(rows: list[dict], directory: Path, command: str, width: int) -> None:
+    """`layers.csv` and `layers.md`, or `layers_WIDTH.*` for a width of one's own."""
     directory.mkdir(parents=True, exist_ok=True)
-    with (directory / "layers.csv").open("w", newline="") as stream:
+    name = "layers" if width == WIDTH else f"layers_{width}"
+    with (directory / f"{name}.csv").open("w", newline="") as stream:
         writer = csv.DictWriter(stream, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    note = f"`python -m experiments.bench layers`: width {WIDTH}, batch {BATCH}, float32. {machine()}."
-    (directory / "layers.md").write_text(markdown(rows, note))
+    note = f"`{command}`: width {width}, batch {BATCH}, float32. {machine()}."
+    (directory / f"{name}.md").write_text(markdown(rows, note))
 
 
 def keep_freed_memory() -> None:
@@ -183,15 +184,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("what", choices=["layers"])
     parser.add_argument("--layers", default=",".join(registry.LAYERS), help="names, separated by commas")
     parser.add_argument("--lengths", default=",".join(map(str, LENGTHS)), help="tokens, separated by commas")
+    parser.add_argument("--width", type=int, default=WIDTH, help="model width")
     parser.add_argument("--out", type=Path, default=RESULTS, help="directory for layers.csv and layers.md")
     options = parser.parse_args(arguments)
+    command = " ".join(["python -m experiments.bench", *(arguments or sys.argv[1:])])
     lengths = tuple(int(t) for t in options.lengths.split(","))
     print(machine(), flush=True)
     rows: list[dict] = []
     for name in options.layers.split(","):
-        rows += bench_layer(name, lengths)
-        write(rows, options.out)
-    print(options.out / "layers.md")
+        rows += bench_layer(name, lengths, options.width)
+        write(rows, options.out, command, options.width)
+    print(options.out)
     return 0
 
 

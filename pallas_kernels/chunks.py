@@ -30,6 +30,53 @@ def join_time(x: Array, length: int) -> Array:
     return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]
 
 
+class Grid(NamedTuple):
+    """Time cut into chunks that are worked on in groups: chunks of a group at once, groups in turn.
+
+    One chunk at a time leaves a machine idle, all at once fill its memory.
+    """
+
+    chunk: int
+    group: int  # chunks of a group
+
+    def split(self, x: Array, *, edge: bool = False) -> Array:
+        """`[B, T, ...] -> [n, group, B, chunk, ...]`, the tail padded as by `split_time`."""
+        x = split_time(x, self.chunk * self.group, edge=edge)
+        return jnp.moveaxis(x.reshape(*x.shape[:2], self.group, self.chunk, *x.shape[3:]), 2, 1)
+
+    def split_heads(self, x: Array) -> Array:
+        """`[B, T, H, ...] -> [n, group, B, H, chunk, ...]`."""
+        return jnp.swapaxes(self.split(x), 3, 4)
+
+    def join_heads(self, x: Array, length: int) -> Array:
+        """Inverse of `split_heads`: `[B, length, H, ...]`."""
+        x = jnp.moveaxis(jnp.swapaxes(x, 3, 4), 1, 2)
+        return join_time(x.reshape(*x.shape[:2], -1, *x.shape[4:]), length)
+
+    def segments(self, ids: Array | None) -> "ChunkSegments | None":
+        """Masks of all chunks, `[n, group, B, ...]`; the state that enters belongs to the first token."""
+        if ids is None:
+            return None
+        cut = self.split(ids, edge=True)
+        last = jnp.concatenate([ids[None, :, 0], cut[..., -1].reshape(-1, ids.shape[0])[:-1]])
+        return chunk_segments(cut, last.reshape(cut.shape[:-1]))
+
+
+# Rows (of all samples and heads) of a group: what a CPU's caches hold, what keeps an accelerator busy.
+ROWS = {"cpu": 1 << 12}
+OTHER_ROWS = 1 << 18
+
+
+def grid(v: Array, largest: int, smallest: int) -> Grid:
+    """The grid for `v [B, T, H, V]` and chunks of at most `largest` tokens; groups are filled evenly."""
+    batch, length, heads = v.shape[:3]
+    chunk = chunk_length(length, largest, smallest)
+    chunks = -(-length // chunk)
+    room = max(ROWS.get(jax.default_backend(), OTHER_ROWS) // (batch * heads * chunk), 1)
+    groups = -(-chunks // room)
+    return Grid(chunk, -(-chunks // groups))
+
+
 def segment_starts(segment_ids: Array) -> Array:
     """`[B, T]` bool: true at the first token of each segment, but never at t = 0.
 
@@ -48,22 +95,22 @@ def number_runs(segment_ids: Array | None) -> Array | None:
 
 
 class ChunkSegments(NamedTuple):
-    """Which pairs of one chunk may interact. Built by `chunk_segments` from ids `[B, C]`."""
+    """Which pairs of a chunk may interact. Built by `chunk_segments` from ids `[..., C]`."""
 
-    same: Array  # [B, C, C] tokens i and j belong to one segment
-    from_carry: Array  # [B, C] token i belongs to the carried state's segment
-    into_carry: Array  # [B, C] token j belongs to the last token's segment
-    keep: Array  # [B] the carried state survives this chunk
+    same: Array  # [..., C, C] tokens i and j belong to one segment
+    from_carry: Array  # [..., C] token i belongs to the carried state's segment
+    into_carry: Array  # [..., C] token j belongs to the last token's segment
+    keep: Array  # [...] the carried state survives this chunk
 
 
 def chunk_segments(ids: Array, carry_id: Array) -> ChunkSegments:
-    """Masks for one chunk with segment `ids [B, C]`, entered by a state of segment `carry_id [B]`."""
-    last = ids[:, -1:]
+    """Masks for chunks with segment `ids [..., C]`, entered by a state of segment `carry_id [...]`."""
+    last = ids[..., -1:]
     return ChunkSegments(
-        same=ids[:, :, None] == ids[:, None, :],
-        from_carry=ids == carry_id[:, None],
+        same=ids[..., :, None] == ids[..., None, :],
+        from_carry=ids == carry_id[..., None],
         into_carry=ids == last,
-        keep=last[:, 0] == carry_id,
+        keep=last[..., 0] == carry_id,
     )
 
 

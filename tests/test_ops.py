@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from test_conformance import assert_close, values_and_gradients_at_once
 
+from pallas_kernels import chunks
 from pallas_kernels.attention import attention, empty_cache
+from pallas_kernels.gated_delta_rule import gated_delta_rule
 from pallas_kernels.gated_linear_attention import gated_linear_attention
 from pallas_kernels.short_conv import short_conv
 
@@ -36,6 +38,31 @@ def test_gated_linear_attention(form, length, packed):
             return gated_linear_attention(q, k, v, g, state, segment_ids=ids, implementation=implementation)
 
         return values_and_gradients_at_once(op, q, k, v, g, state)
+
+    assert_close(run("xla"), run("reference"))
+
+
+@pytest.mark.parametrize("rows", [1, 512])
+def test_groups_of_chunks(rows, monkeypatch):
+    """One chunk of 32 at a time, or two groups of three."""
+    monkeypatch.setitem(chunks.ROWS, "cpu", rows)
+    q, k, v, state = (
+        normal(0, 2, 180, 2, 8),
+        normal(1, 2, 180, 2, 8),
+        normal(2, 2, 180, 2, 6),
+        normal(3, 2, 2, 8, 6),
+    )
+    g, p, ids = decay("channel", 180, 0.1)[..., :2, :], 0.1 * k, segments(180)
+
+    def run(implementation):
+        how = {"segment_ids": ids, "implementation": implementation}
+
+        def ops(q, k, v, p, g, state):
+            return gated_linear_attention(q, k, v, g, state, **how), gated_delta_rule(
+                q, 0.1 * k, v, p, g, state, **how
+            )
+
+        return values_and_gradients_at_once(ops, q, k, v, p, g, state)
 
     assert_close(run("xla"), run("reference"))
 

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
-from pallas_kernels.chunks import accumulation_dtype, number_runs
+from pallas_kernels.chunks import accumulation_dtype, chunk_length, number_runs
 from pallas_kernels.decay import full_decay
 from pallas_kernels.dispatch import choose
 from pallas_kernels.gated_delta_rule import reference, xla
@@ -62,7 +62,7 @@ def flops_per_token(length: int, heads: int, key_dim: int, value_dim: int, *, ch
 
     `channels`: the decay is per key channel, where only the lower triangle of scores is formed.
     """
-    chunk = xla.chunk_length(length, xla.CHUNK, xla.SMALLEST_BLOCK)
+    chunk = chunk_length(length, xla.CHUNK, xla.SMALLEST_BLOCK)
     scores = 2 * chunk * key_dim * (1 if channels else 2)
     # Halving multiplies two squares of half the size per block: C^3 (1/2 + 1/8 + ...) = 2 C^3 / 3 per chunk.
     inverse = 2 * chunk * chunk // 3

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
-from pallas_kernels.chunks import accumulation_dtype, number_runs
+from pallas_kernels.chunks import accumulation_dtype, chunk_length, number_runs
 from pallas_kernels.decay import full_decay
 from pallas_kernels.dispatch import choose
 from pallas_kernels.gated_linear_attention import reference, xla
@@ -69,6 +69,6 @@ def flops_per_token(length: int, heads: int, key_dim: int, value_dim: int, *, ch
 
     `channels`: the decay is per key channel, where only the lower triangle of scores is formed.
     """
-    chunk = xla.chunk_length(length, xla.CHUNK, xla.SMALLEST_BLOCK)
+    chunk = chunk_length(length, xla.CHUNK, xla.SMALLEST_BLOCK)
     scores = chunk * key_dim * (1 if channels else 2)
     return heads * (scores + 2 * chunk * value_dim + 4 * key_dim * value_dim)
