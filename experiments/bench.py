@@ -2,12 +2,18 @@
 
     python -m experiments.bench layers
     python -m experiments.bench layers --layers mamba,s4 --lengths 1024,4096 --out somewhere
+    python -m experiments.bench peers --peer-python oracle/bin/python
 
-One row per layer and length: forward, and forward with backward (of a sum of squares, with respect to inputs
-and parameters), each the median of a few runs; the seconds to compile both; the temporary memory XLA plans
-for the backward pass; one decode step; the share of this machine's own matrix-product peak that the
-analytic FLOPs (3 x forward) make of forward and backward; and, at the shortest length, the same two
-times for a naive `lax.scan` over tokens. Results: a CSV and a Markdown table.
+`layers`: one row per layer and length: forward, and forward with backward (of a sum of squares, with respect
+to inputs and parameters), each the median of a few runs; the seconds to compile both; the temporary memory
+XLA plans for the backward pass; one decode step; the share of this machine's own matrix-product peak that the
+analytic FLOPs (3 x forward) make of forward and backward; and, at the shortest length, the same two times for
+a naive `lax.scan` over tokens.
+
+`peers`: forward and backward of the layers that Hugging Face transformers has too, ours and theirs in turn,
+with the same sizes; theirs run in an interpreter of their own (tests/oracles/README.md makes one).
+
+Results: a CSV and a Markdown table.
 
 XLA asks for its temporary memory anew at every call. Beyond 32 MiB the C library maps it and gives it back,
 page by page, which costs long sequences a fifth of their time on a CPU; so the script starts itself again
@@ -18,9 +24,11 @@ import argparse
 import csv
 import datetime
 import importlib.metadata
+import json
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -41,6 +49,9 @@ TUNABLES = (
 )
 LENGTHS = (1024, 4096, 16384, 32768)
 WIDTH, BATCH, REPEATS = 128, 1, 5
+PEERS = Path(__file__).parent / "peers" / "transformers_layers.py"
+PEER_LAYERS = ("mamba", "mamba2", "rg_lru", "gated_delta_net", "kda", "lightning_attention")
+PEER_BATCH, PEER_LENGTH, PEER_WIDTH = 2, 2048, 256
 
 
 def compiled(function: Callable, *args) -> tuple[Any, float]:
@@ -124,6 +135,28 @@ def bench_layer(name: str, lengths: tuple[int, ...], width: int = WIDTH) -> list
     return rows
 
 
+def bench_peer(name: str, python: str, width: int, rounds: int = 3) -> dict:
+    """Medians over `rounds` of theirs and ours in turn, at B = 2 and T = 2,048."""
+    cfg = registry.config(name, width)
+    layer = registry.module(cfg)
+    params = layer.init(jax.random.key(0), cfg)
+    x = jax.random.normal(jax.random.key(2), (PEER_BATCH, PEER_LENGTH, width))
+    runs = {"forward": _forward, "forward_backward": _gradient}
+    programs = {key: compiled(partial(run, layer, cfg, None), params, x)[0] for key, run in runs.items()}
+    command = [python, PEERS, name, PEER_BATCH, PEER_LENGTH, width]
+    theirs, ours = [], []
+    for _ in range(rounds):
+        done = subprocess.run(list(map(str, command)), check=True, capture_output=True, text=True)
+        theirs.append(json.loads(done.stdout.splitlines()[-1]))
+        ours.append({key: median_seconds(program, params, x) for key, program in programs.items()})
+    row = {"layer": name, "peer": theirs[0]["versions"]}
+    for key in runs:
+        a, b = (statistics.median(r[key] for r in rows) for rows in (theirs, ours))
+        row |= {f"{key}_theirs_ms": 1e3 * a, f"{key}_ours_ms": 1e3 * b, f"{key}_ratio": a / b}
+    print(_line(row), flush=True)
+    return row
+
+
 def _line(row: dict) -> str:
     return "  ".join(f"{k} {_cell(v)}" for k, v in row.items() if v is not None)
 
@@ -161,15 +194,13 @@ def markdown(rows: list[dict], note: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write(rows: list[dict], directory: Path, command: str, width: int) -> None:
-    """`layers.csv` and `layers.md`, or `layers_WIDTH.*` for a width of one's own."""
+def write(rows: list[dict], directory: Path, name: str, note: str) -> None:
+    """`name.csv` and `name.md`."""
     directory.mkdir(parents=True, exist_ok=True)
-    name = "layers" if width == WIDTH else f"layers_{width}"
     with (directory / f"{name}.csv").open("w", newline="") as stream:
         writer = csv.DictWriter(stream, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    note = f"`{command}`: width {width}, batch {BATCH}, float32. {machine()}."
     (directory / f"{name}.md").write_text(markdown(rows, note))
 
 
@@ -179,21 +210,35 @@ def keep_freed_memory() -> None:
         os.execve(sys.executable, sys.orig_argv, os.environ | {"GLIBC_TUNABLES": TUNABLES})
 
 
-def main(arguments: list[str] | None = None) -> int:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m experiments.bench", description=__doc__.split("\n")[0])
-    parser.add_argument("what", choices=["layers"])
-    parser.add_argument("--layers", default=",".join(registry.LAYERS), help="names, separated by commas")
+    parser.add_argument("what", choices=["layers", "peers"])
+    parser.add_argument("--layers", help="names, separated by commas; default all that there are")
     parser.add_argument("--lengths", default=",".join(map(str, LENGTHS)), help="tokens, separated by commas")
-    parser.add_argument("--width", type=int, default=WIDTH, help="model width")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="directory for layers.csv and layers.md")
+    parser.add_argument("--width", type=int, help=f"model width; default {WIDTH}, for peers {PEER_WIDTH}")
+    parser.add_argument("--peer-python", help="an interpreter with torch and transformers")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="directory for the tables")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = _parser()
     options = parser.parse_args(arguments)
     command = " ".join(["python -m experiments.bench", *(arguments or sys.argv[1:])])
+    peers = options.what == "peers"
+    if peers and not options.peer_python:
+        parser.error("peers needs --peer-python (tests/oracles/README.md makes one)")
+    names = options.layers.split(",") if options.layers else PEER_LAYERS if peers else list(registry.LAYERS)
+    width = options.width or (PEER_WIDTH if peers else WIDTH)
     lengths = tuple(int(t) for t in options.lengths.split(","))
+    batch, table = (PEER_BATCH, "peers") if peers else (BATCH, "layers")
+    note = f"`{command}`: width {width}, batch {batch}, float32. {machine()}."
     print(machine(), flush=True)
     rows: list[dict] = []
-    for name in options.layers.split(","):
-        rows += bench_layer(name, lengths, options.width)
-        write(rows, options.out, command, options.width)
+    for name in names:
+        rows += [bench_peer(name, options.peer_python, width)] if peers else bench_layer(name, lengths, width)
+        default = width == (PEER_WIDTH if peers else WIDTH)
+        write(rows, options.out, table if default else f"{table}_{width}", note)
     print(options.out)
     return 0
 

@@ -25,9 +25,15 @@ def _list(_) -> int:
     from experiments import overrides
     from zoo import registry
 
-    layers = Table("layer", "what it is", title="layers")
-    for name in registry.LAYERS:
-        layers.add_row(name, registry.summary(name))
+    layers = Table(
+        title="layers at width 128 and 1,024 tokens (K = 1,024); each has apply, in this form, and step"
+    )
+    for column in ("layer", "what it is", "form", "state", "FLOPs/token", "arXiv"):
+        layers.add_column(column, justify="right" if column in ("state", "FLOPs/token") else "left")
+    for name, entry in registry.LAYERS.items():
+        cfg = registry.config(name, 128)
+        numbers = (f"{cfg.state_bytes() / 1024:,.1f} KB", f"{cfg.flops_per_token(1024) / 1024:,.0f} K")
+        layers.add_row(name, registry.summary(name), entry.form, *numbers, registry.paper(name))
     configs = Table("config", "what it does", title="configs")
     for name in overrides.config_names():
         configs.add_row(name, overrides.description(name))

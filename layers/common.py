@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from pallas_kernels.chunks import segment_starts
 from pallas_kernels.short_conv import short_conv, short_conv_step
 
 Params = dict
@@ -111,6 +112,38 @@ def hippo_legs(states: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return -0.5 + 1j * frequency[frequency > 0], upper @ p, upper @ b
 
 
+def dense_to_complex(x: Array, re: Array, im: Array) -> Array:
+    """`x @ (re + i im)` for real x, at least complex64."""
+    return jax.lax.complex(wide(dense(x, re)), wide(dense(x, im)))
+
+
+def dense_to_real(h: Array, re: Array, im: Array) -> Array:
+    """`Re(h @ (re + i im))` for complex h."""
+    return dense(h.real, re) - dense(h.imag, im)
+
+
+def block_dense(x: Array, w: Array) -> Array:
+    """`x @ diag(w_1 .. w_H)` in x's dtype: `x [..., H K]`, `w [H, K, V]` -> `[..., H V]`."""
+    heads = x.reshape(*x.shape[:-1], *w.shape[:2])
+    return merge_heads(jnp.einsum("...hk,hkv->...hv", heads, w.astype(x.dtype)))
+
+
+def block_weight(key: Array, blocks: int, fan_in: int, fan_out: int) -> Array:
+    """`[H, K, V]` for `block_dense`, normal with standard deviation `1 / sqrt(K)`."""
+    return jax.random.normal(key, (blocks, fan_in, fan_out)) * fan_in**-0.5
+
+
+def positive(x: Array) -> Array:
+    """`x + 1/2` where x >= 0, else `sigmoid(x)`: continuous, increasing, > 0."""
+    return jnp.where(x >= 0, jnp.maximum(x, 0) + 0.5, jax.nn.sigmoid(x))
+
+
+def orthogonal_gates(key: Array, size: int, gates: int) -> Array:
+    """`[E, gates E]`: an orthogonal matrix for each gate of a recurrent cell."""
+    make = jax.nn.initializers.orthogonal()
+    return jnp.concatenate([make(k, (size, size)) for k in jax.random.split(key, gates)], 1)
+
+
 def state_space_output(params: Params, x: Array, y: Array) -> Array:
     """The block around a state space: `GLU(W_out gelu(y + D x))`, w_out `[D, 2D]`, in x's dtype."""
     y = jax.nn.gelu((wide(y) + params["D"] * wide(x)).astype(x.dtype), approximate=False)
@@ -124,21 +157,108 @@ def dt_bias_init(key: Array, shape: tuple[int, ...], low: float = 1e-3, high: fl
     return dt + jnp.log(-jnp.expm1(-dt))
 
 
+def rotate(x: Array, angle: Array) -> Array:
+    """Turn the pairs (i, i + A) of the last axis by `angle [..., A]`; channels from 2 A on stay."""
+    pairs = angle.shape[-1]
+    y = wide(x)
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    a, b = y[..., :pairs], y[..., pairs : 2 * pairs]
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, y[..., 2 * pairs :]], -1).astype(x.dtype)
+
+
 def rotary(x: Array, position: Array, base: float = 10000.0) -> Array:
     """Rotate the pairs (i, i + D/2) of the last axis by `position * base^(-2i/D)`.
 
     `x [..., H, D]`, `position [...]`. Su et al. 2021 (arXiv 2104.09864), half-split layout.
     """
     half = x.shape[-1] // 2
+    frequency = base ** (-jnp.arange(half, dtype=wide(x).dtype) / half)
+    return rotate(x, position[..., None, None] * frequency)
+
+
+def require_head_dims(cfg: object) -> None:
+    """`width`, `heads`, `key_dim` and `value_dim` are positive; the last two may be None, width / heads."""
+    require_positive(cfg, "width", "heads")
+    for name in ("key_dim", "value_dim"):
+        if getattr(cfg, name) is None:
+            require_divides(cfg, "heads", "width")
+        else:
+            require_positive(cfg, name)
+
+
+def split_heads(x: Array, heads: int) -> Array:
+    """`[..., H*V] -> [..., H, V]`."""
+    return x.reshape(*x.shape[:-1], heads, -1)
+
+
+def unit_heads(qkv: Array, heads: int, key_dim: int) -> tuple[Array, Array, Array]:
+    """SiLU, then `[..., 2HK + HV]` as q, k and v, `[..., H, K or V]`, q and k of length 1.
+
+    q and k are at least float32: the delta rule's reflections are stable only as far as |k| = 1.
+    """
+    q, k, v = jnp.split(jax.nn.silu(qkv), [heads * key_dim, 2 * heads * key_dim], -1)
+    q, k = (l2_norm(wide(split_heads(x, heads))) for x in (q, k))
+    return q, k, split_heads(v, heads)
+
+
+def softplus_decay(logits: Array, A_log: Array, dt_bias: Array) -> Array:
+    """The log decay `-exp(A_log) softplus(logits + dt_bias)`, at least float32."""
+    return -jnp.exp(wide(A_log)) * jax.nn.softplus(wide(logits) + dt_bias)
+
+
+def layer_norm(x: Array, scale: Array, bias: Array | None = None, eps: float = 1e-5) -> Array:
+    """`(x - mean) / sqrt(var + eps) * scale + bias` over the last axis, reduced in float32, in x's dtype."""
     y = wide(x)
-    angle = position[..., None, None] * base ** (-jnp.arange(half, dtype=y.dtype) / half)
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
-    a, b = y[..., :half], y[..., half:]
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
+    y = y - jnp.mean(y, -1, keepdims=True)
+    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + eps) * scale
+    return (y if bias is None else y + bias).astype(x.dtype)
+
+
+def token_shift(x: Array, last: Array, segment_ids: Array | None = None) -> tuple[Array, Array]:
+    """Every token's predecessor in its document (0 for the first), and the new last token.
+
+    `x [B,T,...]`; `last [B,...]` is the token before the first, 0 where there is none.
+    """
+    before = jnp.concatenate([last[:, None].astype(x.dtype), x[:, :-1]], 1)
+    if segment_ids is not None:
+        starts = segment_starts(segment_ids)
+        before = jnp.where(starts.reshape(*starts.shape, *[1] * (x.ndim - 2)), 0, before)
+    return before, x[:, -1].astype(last.dtype)
+
+
+def memory_gates(params: Params, x: Array, max_rate: float) -> tuple[Array, Array, Array | None]:
+    """Step size theta, log(1 - alpha) and log eta of a test-time memory, each `[..., H]`, at least float32.
+
+    alpha = sigmoid(forget), eta = sigmoid(momentum), theta = max_rate (1 - eta) sigmoid(rate), each the
+    logits `w_* x + *_bias`; eta = 0, and None instead of its log, without parameters of that name.
+    """
+
+    def logits(name: str) -> Array:
+        return wide(dense(x, params[f"w_{name}"])) + params[f"{name}_bias"]
+
+    rate = max_rate * jax.nn.sigmoid(logits("rate"))
+    log_keep = jax.nn.log_sigmoid(-logits("forget"))
+    if "w_momentum" not in params:
+        return rate, log_keep, None
+    momentum = logits("momentum")
+    return rate * jax.nn.sigmoid(-momentum), log_keep, jax.nn.log_sigmoid(momentum)
+
+
+def memory_gates_init(key: Array, width: int, heads: int, momentum: bool = True) -> Params:
+    """Parameters of `memory_gates`: at first theta = max_rate (1 - eta) / 2, alpha = 0.0025, eta = 0.88."""
+    biases = {"rate": 0.0, "forget": -6.0} | ({"momentum": 2.0} if momentum else {})
+    params = {}
+    for name, k in zip(biases, jax.random.split(key, len(biases)), strict=True):
+        params[f"w_{name}"] = weight(k, width, heads)
+        params[f"{name}_bias"] = jnp.full(heads, biases[name])
+    return params
 
 
 __all__ = [
-    "Params", "conv_init", "conv_state", "dense", "dense_heads", "dt_bias_init", "hippo_legs", "l2_norm",
-    "log_uniform", "merge_heads", "require", "require_choice", "require_divides", "require_positive",
-    "rms_norm", "rotary", "short_conv", "short_conv_step", "state_space_output", "weight", "wide",
+    "Params", "block_dense", "block_weight", "conv_init", "conv_state", "dense", "dense_heads",
+    "dense_to_complex", "dense_to_real", "dt_bias_init", "hippo_legs", "l2_norm", "layer_norm", "log_uniform",
+    "memory_gates", "memory_gates_init", "merge_heads", "orthogonal_gates", "positive", "require",
+    "require_choice", "require_divides", "require_head_dims", "require_positive", "rms_norm", "rotary",
+    "rotate", "short_conv", "short_conv_step", "softplus_decay", "split_heads", "state_space_output",
+    "token_shift", "unit_heads", "weight", "wide",
 ]  # fmt: skip

@@ -12,10 +12,20 @@ Per head, with keys of width K and values of width V,
 and `y = W_out( RMSNorm_head(o) * silu(W_gate x) )`. With `normalize` the read is a weighted mean,
 `o_t = S_t^T phi(q_t) / (phi(q_t) . n_t + eps)`, n_t = sum of alpha-decayed phi(k): then there is no norm.
 
+`feature_map` is phi, of q and k alike; some have F features for a key of width K, or weights W per head:
+
+    "identity", "elu+1", "relu", "relu^2", "silu"     elementwise, F = K
+    "t2r"          relu(W x + b)                               F = K
+    "hedgehog"     softmax([W x, -W x]), W = I at the start    F = 2 K
+    "dpfp"         r * roll(r, 1), r = relu([x, -x])           F = 2 K
+    "hadamard"     (W_1 x) * (W_2 x)                           F = K
+
 Sources: Yang et al. 2023 (arXiv 2312.06635) eq. 3-4 and sec. 4.4 (GLA, tau = 16, gate of rank 16);
 Katharopoulos et al. 2020 (arXiv 2006.16236) eq. 16-20 (linear attention, elu + 1);
-Sun et al. 2023 (arXiv 2307.08621) sec. 2.1 (constant decay). `conv` adds the short convolution with SiLU on
-q, k, v that later delta-rule layers use; GLA itself has none.
+Sun et al. 2023 (arXiv 2307.08621) sec. 2.1 (constant decay); Kasai et al. 2021 (arXiv 2103.13076, T2R),
+Zhang et al. 2024 (arXiv 2402.04347, Hedgehog), Schlag et al. 2021 (arXiv 2102.11174, DPFP with nu = 1). The
+maps with weights have their own for q and for k. `conv` adds the short convolution with SiLU on q, k, v that
+later delta-rule layers use; GLA itself has none.
 """
 
 from dataclasses import dataclass
@@ -48,13 +58,34 @@ from pallas_kernels.gated_linear_attention import (
 )
 
 DECAYS = ("channel", "head", "constant", "none")
+
+
+def _dpfp(x: Array) -> Array:
+    x = jax.nn.relu(jnp.concatenate([x, -x], -1))
+    return x * jnp.roll(x, 1, -1)
+
+
+def _hadamard(x: Array) -> Array:
+    a, b = jnp.split(x, 2, -1)
+    return a * b
+
+
+# Of x [..., H, K] after the weights of the map, if it has any.
 FEATURE_MAPS = {
     "identity": lambda x: x,
     "elu+1": lambda x: jax.nn.elu(x) + 1,
     "relu": jax.nn.relu,
+    "relu^2": lambda x: jnp.square(jax.nn.relu(x)),
     "silu": jax.nn.silu,
+    "t2r": jax.nn.relu,
+    "hedgehog": lambda x: jax.nn.softmax(jnp.concatenate([x, -x], -1)),
+    "dpfp": _dpfp,
+    "hadamard": _hadamard,
 }
-NON_NEGATIVE = ("elu+1", "relu")
+NON_NEGATIVE = ("elu+1", "relu", "relu^2", "t2r", "hedgehog", "dpfp")
+# Columns of a map's weights over K, and features over K where they are not the same.
+WEIGHT_COLUMNS = {"t2r": 1, "hedgehog": 1, "hadamard": 2}
+FEATURES = {"hedgehog": 2, "dpfp": 2}
 
 
 @dataclass(frozen=True)
@@ -98,36 +129,47 @@ class Config:
         return self.value_dim or self.width // self.heads
 
     @property
+    def F(self) -> int:
+        """Features of a key: rows of the memory."""
+        return FEATURES.get(self.feature_map, 1) * self.K
+
+    @property
+    def feature_columns(self) -> int:
+        """Columns of the feature map's weights per head; 0 for none."""
+        return WEIGHT_COLUMNS.get(self.feature_map, 0) * self.K
+
+    @property
     def streams(self) -> tuple[int, int, int]:
         """Channels of q, k and v."""
         return self.heads * self.K, self.heads * self.K, self.heads * self.V
 
     def state_bytes(self) -> int:
-        """`4 (H K V + (conv - 1)(2 H K + H V))`, and H K more with the normaliser."""
-        memory = self.heads * self.K * (self.V + self.normalize)
+        """`4 (H F V + (conv - 1)(2 H K + H V))`, and H F more with the normaliser."""
+        memory = self.heads * self.F * (self.V + self.normalize)
         return 4 * (memory + max(self.conv - 1, 0) * sum(self.streams))
 
     def flops_per_token(self, length: int) -> int:
         gate = {
-            "channel": self.gate_rank * (self.width + self.heads * self.K),
+            "channel": self.gate_rank * (self.width + self.heads * self.F),
             "head": self.width * self.heads,
         }
         projections = self.width * (sum(self.streams) + 2 * self.streams[2]) + gate.get(self.decay, 0)
+        projections += 2 * self.heads * self.K * self.feature_columns
         mix = flops_per_token(
-            length, self.heads, self.K, self.V + self.normalize, channels=self.decay == "channel"
+            length, self.heads, self.F, self.V + self.normalize, channels=self.decay == "channel"
         )
         return 2 * (projections + self.conv * sum(self.streams)) + mix
 
 
 @struct.dataclass
 class State:
-    memory: Array  # [B, H, K, V], V + 1 columns with the normaliser
+    memory: Array  # [B, H, F, V], V + 1 columns with the normaliser
     conv: Array  # [B, conv - 1, 2 H K + H V]
 
 
 def init(key: Array, cfg: Config) -> Params:
     """Projections with unit-variance outputs; decay biases 0 (alpha = 2^(-1/tau) at the start)."""
-    keys = iter(jax.random.split(key, 8))
+    keys = iter(jax.random.split(key, 10))
     params = {
         "w_qkv": weight(next(keys), cfg.width, sum(cfg.streams)),
         "w_gate": weight(next(keys), cfg.width, cfg.streams[2]),
@@ -139,23 +181,35 @@ def init(key: Array, cfg: Config) -> Params:
         params["conv"] = conv_init(next(keys), cfg.conv, sum(cfg.streams))
     if cfg.decay == "channel":
         params["w_decay_down"] = weight(next(keys), cfg.width, cfg.gate_rank)
-        params["w_decay_up"] = weight(next(keys), cfg.gate_rank, cfg.heads * cfg.K)
-        params["decay_bias"] = jnp.zeros(cfg.heads * cfg.K)
+        params["w_decay_up"] = weight(next(keys), cfg.gate_rank, cfg.heads * cfg.F)
+        params["decay_bias"] = jnp.zeros(cfg.heads * cfg.F)
     if cfg.decay == "head":
         params["w_decay"] = weight(next(keys), cfg.width, cfg.heads)
         params["decay_bias"] = jnp.zeros(cfg.heads)
+    if cfg.feature_columns:
+        for name in ("q", "k"):
+            params[f"w_feature_{name}"] = _feature_weight(next(keys), cfg)
+            if cfg.feature_map == "t2r":
+                params[f"feature_bias_{name}"] = jnp.zeros((cfg.heads, cfg.feature_columns))
     return params
+
+
+def _feature_weight(key: Array, cfg: Config) -> Array:
+    """`[H, K, columns]`."""
+    if cfg.feature_map == "hedgehog":
+        return jnp.broadcast_to(jnp.eye(cfg.K), (cfg.heads, cfg.K, cfg.K))
+    return jnp.moveaxis(weight(key, cfg.K, cfg.heads, cfg.feature_columns), 0, 1)
 
 
 def init_state(cfg: Config, batch: int) -> State:
     return State(
-        memory=jnp.zeros((batch, cfg.heads, cfg.K, cfg.V + cfg.normalize)),
+        memory=jnp.zeros((batch, cfg.heads, cfg.F, cfg.V + cfg.normalize)),
         conv=conv_state(batch, max(cfg.conv, 1), sum(cfg.streams)),
     )
 
 
 def _log_decay(params: Params, cfg: Config, x: Array) -> Array | None:
-    """`[..., H, K]`, `[..., H]`, `[H]` or None, <= 0."""
+    """`[..., H, F]`, `[..., H]`, `[H]` or None, <= 0."""
     if cfg.decay == "none":
         return None
     if cfg.decay == "constant":
@@ -164,20 +218,28 @@ def _log_decay(params: Params, cfg: Config, x: Array) -> Array | None:
         logits = wide(dense(x, params["w_decay"])) + params["decay_bias"]
         return jax.nn.log_sigmoid(logits) / cfg.gate_temperature
     logits = wide(dense(dense(x, params["w_decay_down"]), params["w_decay_up"])) + params["decay_bias"]
-    return (jax.nn.log_sigmoid(logits) / cfg.gate_temperature).reshape(*x.shape[:-1], cfg.heads, cfg.K)
+    return (jax.nn.log_sigmoid(logits) / cfg.gate_temperature).reshape(*x.shape[:-1], cfg.heads, cfg.F)
 
 
-def _heads(cfg: Config, qkv: Array) -> tuple[Array, Array, Array]:
-    """Split `[..., 2HK + HV]` into q (scaled), k and v, `[..., H, K or V]`, after the feature map."""
+def _features(params: Params, cfg: Config, x: Array, name: str) -> Array:
+    """phi of q or k: `[..., H, K] -> [..., H, F]`."""
+    if cfg.feature_columns:
+        x = jnp.einsum("...hk,hkf->...hf", x, params[f"w_feature_{name}"].astype(x.dtype))
+    if cfg.feature_map == "t2r":
+        x = x + params[f"feature_bias_{name}"].astype(x.dtype)
+    return FEATURE_MAPS[cfg.feature_map](x)
+
+
+def _heads(params: Params, cfg: Config, qkv: Array) -> tuple[Array, Array, Array]:
+    """Split `[..., 2HK + HV]` into q (scaled), k and v, `[..., H, F or V]`, after the feature map."""
     if cfg.conv:
         qkv = jax.nn.silu(qkv)
     parts = jnp.split(qkv, [cfg.streams[0], 2 * cfg.streams[0]], -1)
     q, k, v = (p.reshape(*p.shape[:-1], cfg.heads, -1) for p in parts)
-    phi = FEATURE_MAPS[cfg.feature_map]
     if cfg.normalize:
         # A column of ones in v makes the last column of the memory the normaliser.
         v = jnp.concatenate([v, jnp.ones_like(v[..., :1])], -1)
-    return phi(q) * cfg.K**-0.5, phi(k), v
+    return _features(params, cfg, q, "q") * cfg.K**-0.5, _features(params, cfg, k, "k"), v
 
 
 def _output(params: Params, cfg: Config, x: Array, o: Array) -> Array:
@@ -196,7 +258,7 @@ def apply(params, cfg, x, state=None, *, segment_ids=None, implementation=None):
     if cfg.conv:
         qkv, conv = short_conv(qkv, params["conv"], conv, segment_ids=segment_ids)
     o, memory = gated_linear_attention(
-        *_heads(cfg, qkv),
+        *_heads(params, cfg, qkv),
         _log_decay(params, cfg, x),
         state.memory,
         segment_ids=segment_ids,
@@ -210,5 +272,7 @@ def step(params, cfg, x_t, state):
     qkv, conv = dense(x_t, params["w_qkv"]), state.conv
     if cfg.conv:
         qkv, conv = short_conv_step(qkv, params["conv"], conv)
-    o, memory = gated_linear_attention_step(*_heads(cfg, qkv), _log_decay(params, cfg, x_t), state.memory)
+    o, memory = gated_linear_attention_step(
+        *_heads(params, cfg, qkv), _log_decay(params, cfg, x_t), state.memory
+    )
     return _output(params, cfg, x_t, o), State(memory=memory, conv=conv)

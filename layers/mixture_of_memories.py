@@ -6,10 +6,12 @@ Memory m sees only the tokens that were routed to it, in their order, as if they
 There, with keys and values of its own and every quantity per head,
 
     k, v = silu(conv(W_k^m x)), silu(conv(W_v^m x)),    k and q scaled to length 1
-    g = -exp(A_log) softplus(W_a^m x + dt_bias),        beta = sigmoid(W_b^m x)
+    dt = softplus(W_a^m x + dt_bias),    g = -exp(A_log) dt,    beta = sigmoid(W_b^m x)
 
     rule = "gated_delta"    S = e^g S + beta k (v - (e^g S)^T k)^T
+           "mamba2"         S = e^g S + k (dt v)^T
            "gla"            S = e^g S + k v^T
+           "linear"         S = S + k v^T
 
 and a token routed elsewhere leaves S_m and the convolution's window of m as they are. The query
 q = silu(conv(W_q x)) runs over all tokens. One more memory, `shared`, receives every token:
@@ -19,9 +21,10 @@ q = silu(conv(W_q x)) runs over all tokens. One more memory, `shared`, receives 
 
 The query, A_log, dt_bias and the filters of the convolutions serve all memories.
 
-Sources: Du et al. 2025 (arXiv 2502.13685); the inner rule is the gated delta rule of Yang et al. 2024
-(arXiv 2412.06464). All memories are executed on all tokens with the foreign ones masked: exact, and
-nothing depends on other samples of the batch except the loss
+Sources: Du et al. 2025 (arXiv 2502.13685); the inner rule is the gated delta rule of Yang et al. 2024 (arXiv
+2412.06464), or that of Mamba-2 (Dao & Gu 2024, arXiv 2405.21060) or of linear attention, on the same keys.
+All memories are executed on all tokens with the foreign ones masked: exact, and nothing depends on other
+samples of the batch except the loss
 
     balance_loss = balance * M * sum_m f_m P_m,    f_m the fraction of tokens routed to m (sum_m f_m = k),
                                                    P_m the mean of pi_tm; at even load it is balance * k.
@@ -56,7 +59,7 @@ from layers.common import (
 from pallas_kernels import gated_delta_rule as delta
 from pallas_kernels import gated_linear_attention as gla
 
-RULES = ("gated_delta", "gla")
+RULES = ("gated_delta", "mamba2", "gla", "linear")
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,7 @@ class Config:
     def flops_per_token(self, length: int) -> int:
         """All memories run on all tokens."""
         queries, writes = self.streams
-        gates = self.heads * (2 if self.rule == "gated_delta" else 1)
+        gates = self.heads * {"gated_delta": 2, "linear": 0}.get(self.rule, 1)
         once = self.width * (queries + 2 * self.heads * self.V + self.memories) + self.conv * queries
         each = self.width * (writes + gates) + self.conv * writes
         op = delta if self.rule == "gated_delta" else gla
@@ -139,9 +142,14 @@ def init(key: Array, cfg: Config) -> Params:
         "w_router": weight(next(keys), cfg.width, cfg.memories),
         "w_q": weight(next(keys), cfg.width, queries),
         "w_kv": weight(next(keys), cfg.width, cfg.all_memories, writes),
-        "w_decay": weight(next(keys), cfg.width, cfg.all_memories, cfg.heads),
-        "A_log": jnp.log(jax.random.uniform(next(keys), (cfg.heads,), minval=0.01, maxval=16.0)),
-        "dt_bias": dt_bias_init(next(keys), (cfg.heads,)),
+    }
+    if cfg.rule != "linear":
+        params |= {
+            "w_decay": weight(next(keys), cfg.width, cfg.all_memories, cfg.heads),
+            "A_log": jnp.log(jax.random.uniform(next(keys), (cfg.heads,), minval=0.01, maxval=16.0)),
+            "dt_bias": dt_bias_init(next(keys), (cfg.heads,)),
+        }
+    params |= {
         "w_gate": weight(next(keys), cfg.width, cfg.heads * cfg.V),
         "norm_scale": jnp.ones(cfg.V),
         "w_out": weight(next(keys), cfg.heads * cfg.V, cfg.width),
@@ -198,8 +206,8 @@ def _per_memory(x: Array, w: Array) -> Array:
     return _fold(jnp.einsum("b...d,dme->bm...e", x, w.astype(x.dtype)))
 
 
-def _rule_inputs(params: Params, cfg: Config, x: Array, q: Array, kv: Array, chosen: Array) -> list[Array]:
-    """Arguments of the inner rule, `[B M', ..., H, K or V or none]`: (q, k, v, p, g), or without p for GLA.
+def _rule_inputs(params: Params, cfg: Config, x: Array, q: Array, kv: Array, chosen: Array) -> list:
+    """Arguments of the inner rule, `[B M', ..., H, K or V or none]`: (q, k, v, p, g), p for gated_delta only.
 
     `q [B, ..., HK]`, `kv [B M', ..., H(K+V)]` after their convolutions, `chosen [B M', ...]`.
     """
@@ -212,10 +220,14 @@ def _rule_inputs(params: Params, cfg: Config, x: Array, q: Array, kv: Array, cho
     q = jnp.repeat(l2_norm(q) * cfg.K**-0.5, cfg.all_memories, 0)
     # A key of zero writes and, with no decay, keeps: the state passes a foreign token unharmed.
     k = jnp.where(chosen[..., None, None], l2_norm(k), 0)
+    if cfg.rule == "linear":
+        return [q, k, v, None]
     rate = jax.nn.softplus(wide(_per_memory(x, params["w_decay"])) + params["dt_bias"])
     log_decay = jnp.where(chosen[..., None], -jnp.exp(params["A_log"]) * rate, 0)
     if cfg.rule == "gla":
         return [q, k, v, log_decay]
+    if cfg.rule == "mamba2":
+        return [q, k, (rate[..., None] * v).astype(v.dtype), log_decay]
     beta = jax.nn.sigmoid(_per_memory(x, params["w_beta"]))[..., None]
     return [q, k, beta * v, beta * k, log_decay]
 

@@ -15,7 +15,12 @@ The input vector B is 1: another one could be moved into C. The modes start as (
            "legs"    the eigenvalues of the normal part of HiPPO-LegS
            "real"    -(n + 1), n < N: N real modes, s_t = sum_n C_n x_tn
 
-Source: Gu, Gupta, Goel, Ré 2022 (arXiv 2206.11893) sec. 3 (discretisation, kernel, parameters), 4 (inits).
+With `tied` all channels share the modes, each with its dt. With `separate_dt` the real and the imaginary part
+of lam dt have a step each, equal at the start: lam dt is then -exp(A_log) dt + i A_im dt_im in a and b above.
+Both together are DSS-exp, whose weights W over the modes with positive frequency are 2C.
+
+Sources: Gu, Gupta, Goel, Ré 2022 (arXiv 2206.11893) sec. 3 (discretisation, kernel, parameters), 4 (inits);
+Gupta, Gu, Berant 2022 (arXiv 2203.14343), DSS-exp; tied modes and separate steps are those of its code.
 """
 
 from dataclasses import dataclass
@@ -44,12 +49,15 @@ DISCRETIZATIONS = ("zoh", "bilinear")
 
 @dataclass(frozen=True)
 class Config:
-    """Raises ValueError for an odd number of states, a bad dt range, an unknown init or discretization."""
+    """Raises ValueError for an odd number of states, a bad dt range, an unknown init or discretization,
+    or separate steps of anything but complex modes under the zero-order hold."""
 
     width: int
     state_dim: int = 64  # N real numbers per channel
     init: str = "legs"
     discretization: str = "zoh"
+    tied: bool = False  # one set of modes for all channels
+    separate_dt: bool = False  # a step of its own for the imaginary part
     dt_min: float = 1e-3  # dt starts log-uniform in [dt_min, dt_max]: memory of about 1/dt tokens
     dt_max: float = 1e-1
 
@@ -59,6 +67,10 @@ class Config:
         require(0 < self.dt_min <= self.dt_max, f"s4d: dt_min={self.dt_min}, dt_max={self.dt_max}")
         require_choice(self, "init", INITS)
         require_choice(self, "discretization", DISCRETIZATIONS)
+        require(
+            not self.separate_dt or (self.discretization == "zoh" and not self.real),
+            f"s4d: separate_dt with init={self.init!r}, discretization={self.discretization!r}",
+        )
 
     @property
     def real(self) -> bool:
@@ -99,17 +111,21 @@ def init(key: Array, cfg: Config) -> Params:
     """All channels start with the same modes; C has unit variance, D ~ N(0, 1)."""
     keys = iter(jax.random.split(key, 5))
     shape = (cfg.width, cfg.modes)
-    modes = np.broadcast_to(_initial_modes(cfg), shape)
+    modes = _initial_modes(cfg) if cfg.tied else np.broadcast_to(_initial_modes(cfg), shape)
+    log_dt = log_uniform(next(keys), (cfg.width,), cfg.dt_min, cfg.dt_max)
     params = {
-        "ssm_log_dt": log_uniform(next(keys), (cfg.width,), cfg.dt_min, cfg.dt_max),
-        "ssm_A_log": jnp.zeros(shape) + np.log(-modes.real),
+        "ssm_log_dt": log_dt,
+        "ssm_A_log": jnp.zeros(modes.shape) + np.log(-modes.real),
         "C_re": jax.random.normal(next(keys), shape) * (1 if cfg.real else 0.5**0.5),
         "D": jax.random.normal(next(keys), (cfg.width,)),
         "w_out": weight(next(keys), cfg.width, 2 * cfg.width),
     }
     if not cfg.real:
-        params["ssm_A_im"] = jnp.zeros(shape) + modes.imag
+        params["ssm_A_im"] = jnp.zeros(modes.shape) + modes.imag
         params["C_im"] = jax.random.normal(next(keys), shape) * 0.5**0.5
+    if cfg.separate_dt:
+        # A copy: a donated buffer has one owner.
+        params["ssm_log_dt_im"] = jnp.copy(log_dt)
     return params
 
 
@@ -123,10 +139,13 @@ def _system(params: Params, cfg: Config) -> tuple[Array, Array, Array]:
     if not cfg.real:
         lam, c = jax.lax.complex(lam, params["ssm_A_im"]), jax.lax.complex(c, params["C_im"])
     dt = jnp.exp(params["ssm_log_dt"])[:, None]
+    exponent = lam * dt
+    if cfg.separate_dt:
+        exponent = jax.lax.complex(lam.real * dt, lam.imag * jnp.exp(params["ssm_log_dt_im"])[:, None])
     if cfg.discretization == "zoh":
-        return jnp.exp(lam * dt), jnp.expm1(lam * dt) / lam, c
-    inverse = 1 / (1 - lam * dt / 2)
-    return (1 + lam * dt / 2) * inverse, dt * inverse, c
+        return jnp.exp(exponent), jnp.expm1(exponent) / lam, c
+    inverse = 1 / (1 - exponent / 2)
+    return (1 + exponent / 2) * inverse, dt * inverse, c
 
 
 def apply(params, cfg, x, state=None, *, segment_ids=None, implementation=None):

@@ -12,7 +12,8 @@ With q, k, v = silu(conv(W x)), q and k of unit length, M a network with weights
 
 W_c are the weights at the start of the token's chunk. The paper writes the gradient at W_{t-1}, which is
 chunk = 1; its parallel form takes them at the start of longer chunks, so `chunk` is part of the model and not
-a matter of speed. It counts from the start of the document.
+a matter of speed. It counts from the start of the document. With `gradients="document"` they are all taken at
+W_0 instead, as some public code does, and the memory is linear in its writes over the whole document.
 
 Source: Behrouz, Zhong, Mirrokni 2024 (arXiv 2501.00663) eq. 8-15, sec. 3.2 (chunks) and 4.4 (convolution,
 norm and gate). The paper leaves open W_0, the form and range of theta, the biases of the gates, the width of
@@ -37,6 +38,8 @@ from layers.common import (
     conv_state,
     dense,
     l2_norm,
+    memory_gates,
+    memory_gates_init,
     merge_heads,
     require,
     require_choice,
@@ -46,7 +49,6 @@ from layers.common import (
     short_conv,
     short_conv_step,
     weight,
-    wide,
 )
 from pallas_kernels.memory_update import (
     ACTIVATIONS,
@@ -57,8 +59,7 @@ from pallas_kernels.memory_update import (
     memory_update_step,
 )
 
-# Before training: theta = theta_max (1 - eta) / 2, alpha = 0.0025, eta = 0.88.
-RATE_BIAS, FORGET_BIAS, MOMENTUM_BIAS = 0.0, -6.0, 2.0
+GRADIENTS = ("chunk", "document")
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,8 @@ class Config:
     head_dim: int | None = None  # width of q, k, v per head; default width / heads
     depth: int = 2  # matrices of the inner network; 1 is a linear memory
     expand: int = 2  # hidden width of the inner network / head_dim
-    chunk: int = 16  # tokens whose gradients are taken at the same weights
+    gradients: str = "chunk"  # taken at the weights of the chunk's start, or of the document's
+    chunk: int = 16  # tokens whose gradients are taken at the same weights, with gradients="chunk"
     momentum: bool = True
     activation: str = "silu"
     residual: bool = False  # the inner network is x + MLP(x)
@@ -87,6 +89,7 @@ class Config:
         require(self.clip is None or self.clip > 0, f"titans: clip={self.clip} must be > 0 or None")
         require(self.conv >= 0, f"titans: conv={self.conv} must be >= 0")
         require_choice(self, "activation", tuple(ACTIVATIONS))
+        require_choice(self, "gradients", GRADIENTS)
 
     @property
     def D(self) -> int:
@@ -103,7 +106,7 @@ class Config:
     def rule(self) -> dict:
         """What the op has to know besides arrays."""
         return {
-            "chunk": self.chunk,
+            "chunk": self.chunk if self.gradients == "chunk" else None,
             "activation": self.activation,
             "residual": self.residual,
             "clip": self.clip,
@@ -118,7 +121,8 @@ class Config:
     def flops_per_token(self, length: int) -> int:
         stream = self.heads * self.D
         projections = self.width * (5 * stream + (2 + self.momentum) * self.heads) + 3 * self.conv * stream
-        return 2 * projections + flops_per_token(length, self.shapes, self.chunk, momentum=self.momentum)
+        mix = flops_per_token(length, self.shapes, self.rule["chunk"], momentum=self.momentum)
+        return 2 * projections + mix
 
 
 @struct.dataclass
@@ -128,22 +132,16 @@ class State:
 
 
 def init(key: Array, cfg: Config) -> Params:
-    """Projections and initial memory with unit gain; gates as the biases above say."""
+    """Projections and initial memory with unit gain; gates as `memory_gates_init` says."""
     keys = iter(jax.random.split(key, 7 + cfg.depth))
     stream = cfg.heads * cfg.D
     params = {
         "w_qkv": weight(next(keys), cfg.width, 3 * stream),
         "w_gate": weight(next(keys), cfg.width, stream),
         "w_out": weight(next(keys), stream, cfg.width),
-        "w_rate": weight(next(keys), cfg.width, cfg.heads),
-        "rate_bias": jnp.full(cfg.heads, RATE_BIAS),
-        "w_forget": weight(next(keys), cfg.width, cfg.heads),
-        "forget_bias": jnp.full(cfg.heads, FORGET_BIAS),
         "norm_scale": jnp.ones(cfg.D),
+        **memory_gates_init(next(keys), cfg.width, cfg.heads, cfg.momentum),
     }
-    if cfg.momentum:
-        params["w_momentum"] = weight(next(keys), cfg.width, cfg.heads)
-        params["momentum_bias"] = jnp.full(cfg.heads, MOMENTUM_BIAS)
     if cfg.conv:
         params["conv"] = conv_init(next(keys), cfg.conv, 3 * stream)
     for i, shape in enumerate(cfg.shapes):
@@ -169,20 +167,6 @@ def _heads(cfg: Config, qkv: Array) -> tuple[Array, Array, Array]:
     return l2_norm(q), l2_norm(k), v
 
 
-def _gates(params: Params, cfg: Config, x: Array) -> tuple[Array, Array, Array | None]:
-    """theta, log(1 - alpha) and log eta, each `[..., H]`."""
-
-    def logits(name: str) -> Array:
-        return wide(dense(x, params[f"w_{name}"])) + params[f"{name}_bias"]
-
-    rate = cfg.max_rate * jax.nn.sigmoid(logits("rate"))
-    log_keep = jax.nn.log_sigmoid(-logits("forget"))
-    if not cfg.momentum:
-        return rate, log_keep, None
-    momentum = logits("momentum")
-    return rate * jax.nn.sigmoid(-momentum), log_keep, jax.nn.log_sigmoid(momentum)
-
-
 def _output(params: Params, x: Array, o: Array) -> Array:
     o = merge_heads(rms_norm(o, params["norm_scale"]))
     return dense(o * jax.nn.silu(dense(x, params["w_gate"])), params["w_out"])
@@ -201,7 +185,7 @@ def apply(params, cfg, x, state=None, *, segment_ids=None, implementation=None):
     (o, surprise), memory = memory_update(
         _initial(params, cfg),
         *_heads(cfg, qkv),
-        *_gates(params, cfg, x),
+        *memory_gates(params, x, cfg.max_rate),
         None if state is None else state.memory,
         segment_ids=segment_ids,
         implementation=implementation,
@@ -216,6 +200,10 @@ def step(params, cfg, x_t, state):
     if cfg.conv:
         qkv, conv = short_conv_step(qkv, params["conv"], conv)
     (o, _), memory = memory_update_step(
-        _initial(params, cfg), *_heads(cfg, qkv), *_gates(params, cfg, x_t), state.memory, **cfg.rule
+        _initial(params, cfg),
+        *_heads(cfg, qkv),
+        *memory_gates(params, x_t, cfg.max_rate),
+        state.memory,
+        **cfg.rule,
     )
     return _output(params, x_t, o), State(memory=memory, conv=conv)

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from jax.sharding import Mesh, PartitionSpec
 from rows import LONG_ROWS, ROWS, WIDTH
 
@@ -243,6 +245,46 @@ def test_packed_equals_separate(name):
 
     expected = values_and_gradients(comparable(separate), *arguments)
     assert_close(values_and_gradients(comparable(packed), *arguments), expected)
+
+
+def drawn(test):
+    """A few examples, the same in every run; their shapes are compiled already."""
+    return settings(max_examples=4, derandomize=True, deadline=None, database=None)(test)
+
+
+@by_row
+@drawn
+@given(
+    pieces=st.lists(st.sampled_from([1, 4, 32]), min_size=1, max_size=4).filter(lambda p: sum(p) <= 40),
+    scale=st.floats(0.1, 10.0),
+    seed=st.integers(0, 2**16),
+)
+def test_any_split(name, pieces, scale, seed):
+    """Pieces from a warm state, inputs small and large, against one step at a time."""
+    (params, _, state), _ = all_at_once(name)
+    x = scale * jax.random.normal(jax.random.key(seed), (2, sum(pieces), ROWS[name].width))
+    cuts = np.cumsum(pieces)[:-1]
+    expected = values_and_gradients(by_steps(name), params, x, state)
+    assert_close(values_and_gradients(in_pieces(name, *cuts), params, x, state), expected)
+
+
+@by_row
+@drawn
+@given(boundaries=st.lists(st.booleans(), min_size=LENGTH - 1, max_size=LENGTH - 1))
+def test_any_documents(name, boundaries):
+    """Documents that begin anywhere, the same in both rows, against steps from an empty state at each."""
+    layer, cfg, *_ = setup(name)
+    (params, x, state), _ = all_at_once(name)
+    ids = np.broadcast_to(np.cumsum([0, *boundaries]), (2, LENGTH))
+    out, own = [], state
+    for x_t, begins in zip(jnp.unstack(x, axis=1), [False, *boundaries], strict=True):
+        own = layer.init_state(cfg, 2) if begins else own
+        y, own = verbs(name).step(params, x_t, own)
+        out.append(y)
+    y, last = verbs(name).apply(params, x, state, jnp.array(ids))
+    assert_close(y, jnp.stack(out, 1))
+    probe = jax.random.normal(jax.random.key(4), (2, cfg.width))
+    assert_close(*(verbs(name).step(params, probe, s)[0] for s in (last, own)))
 
 
 @by_row

@@ -5,6 +5,7 @@ import pathlib
 
 import pytest
 
+from experiments import readme
 from zoo import registry
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -30,7 +31,7 @@ def test_every_layer_file_is_registered_with_a_row():
     from rows import ROWS
 
     files = {p.stem for p in (ROOT / "layers").glob("*.py")} - {"__init__", "common"}
-    assert files == {module for module, _ in registry.LAYERS.values()}
+    assert files == {entry.module for entry in registry.LAYERS.values()}
     assert files == {type(cfg).__module__.rsplit(".", 1)[-1] for cfg in ROWS.values()}
 
 
@@ -46,6 +47,11 @@ def test_layers_have_the_contract_and_nothing_else(name):
     functions = {n for n in own if callable(getattr(module, n))}
     assert functions == {"Config", "State", "init", "init_state", "apply", "step"}
     assert registry.summary(name)
+
+
+def test_readme_table_is_that_of_the_registry():
+    text = (ROOT / "README.md").read_text()
+    assert readme.updated(text) == text, "run `python -m experiments.readme`"
 
 
 def test_wrong_names_say_what_is_right():

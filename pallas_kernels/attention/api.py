@@ -1,5 +1,6 @@
 """Public entry of the op."""
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
@@ -11,9 +12,9 @@ from pallas_kernels.chunks import accumulation_dtype, number_runs
 from pallas_kernels.dispatch import choose
 
 
-def _reference(q, k, v, cache, segment_ids, *, fresh):
+def _reference(q, k, v, cache, segment_ids, extra, *, fresh):
     del fresh  # an empty cache needs no special treatment there
-    return reference.attention(q, k, v, cache, segment_ids)
+    return reference.attention(q, k, v, cache, segment_ids, extra)
 
 
 IMPLEMENTATIONS = {"reference": _reference, "xla": xla.attention}
@@ -36,14 +37,16 @@ def attention(
     span: int,
     cache: Cache | None = None,
     *,
+    extra: tuple[Float[Array, "P G K"], Float[Array, "P G V"]] | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "B T H V"], Cache]:
     """`o_i = sum_j softmax_j(q_i . k_j) v_j` over the document's tokens j with `0 <= i - j < span`.
 
     `q` arrives scaled; query head h reads key head h // (H/G); `cache` (with `span` slots) holds what came
-    before. Raises ValueError when H is not a multiple of G or for an unknown
-    implementation. The output has v's dtype, softmax and cache are at least float32.
+    before. `extra` keys and values are seen by every query of every document. Raises ValueError when H is
+    not a multiple of G or for an unknown implementation. The output has v's dtype, softmax and cache are at
+    least float32.
     """
     if q.shape[2] % k.shape[2]:
         raise ValueError(f"attention: {q.shape[2]} query heads over {k.shape[2]} key heads")
@@ -53,17 +56,30 @@ def attention(
     if cache is None:
         cache = empty_cache(q.shape[0], span, k.shape[2], k.shape[3], v.shape[3])
     out, cache = run(
-        q.astype(dtype), k.astype(dtype), v.astype(dtype), cache, number_runs(segment_ids), fresh=fresh
+        q.astype(dtype),
+        k.astype(dtype),
+        v.astype(dtype),
+        cache,
+        number_runs(segment_ids),
+        jax.tree.map(lambda x: x.astype(dtype), extra),
+        fresh=fresh,
     )
     return out.astype(v.dtype), cache
 
 
 def attention_step(
-    q: Float[Array, "B H K"], k: Float[Array, "B G K"], v: Float[Array, "B G V"], cache: Cache
+    q: Float[Array, "B H K"],
+    k: Float[Array, "B G K"],
+    v: Float[Array, "B G V"],
+    cache: Cache,
+    *,
+    extra: tuple[Float[Array, "P G K"], Float[Array, "P G V"]] | None = None,
 ) -> tuple[Float[Array, "B H V"], Cache]:
     """One token of `attention`: `O(span)`."""
     dtype = cache.k.dtype
-    cache, out = reference.step(cache, q.astype(dtype), k.astype(dtype), v.astype(dtype), cache.length)
+    q, k, v = (x.astype(dtype) for x in (q, k, v))
+    extra = jax.tree.map(lambda x: x.astype(dtype), extra)
+    cache, out = reference.step(cache, q, k, v, cache.length, extra)
     return out.astype(v.dtype), cache
 
 

@@ -15,7 +15,7 @@ def _pad_front(x: Array, before: int, after: int, value=0) -> Array:
     return jnp.pad(x, ((0, 0), (before, after), *((0, 0),) * (x.ndim - 2)), constant_values=value)
 
 
-def attention(q, k, v, cache, segment_ids=None, *, fresh=False):
+def attention(q, k, v, cache, segment_ids=None, extra=None, *, fresh=False):
     """A scan over query blocks, each with the window of new keys before it and the cached ones.
 
     `fresh`: the cache is known to be empty, so it is not looked at.
@@ -51,10 +51,15 @@ def attention(q, k, v, cache, segment_ids=None, *, fresh=False):
         if not fresh:
             cached = score(q, queries, cache.k, cache.slots, first[:, :, None])
             logits = jnp.concatenate([logits, cached], -1)
+        if extra is not None:
+            logits = jnp.concatenate([logits, jnp.einsum("bigrk,pgk->bgrip", q, extra[0])], -1)
         weights = jax.nn.softmax(logits, -1)
         out = jnp.einsum("bgrij,bjgv->bigrv", weights[..., : reach + block], near[1])
         if not fresh:
-            out += jnp.einsum("bgrij,bjgv->bigrv", weights[..., reach + block :], cache.v)
+            seen = slice(reach + block, reach + block + span)
+            out += jnp.einsum("bgrij,bjgv->bigrv", weights[..., seen], cache.v)
+        if extra is not None:
+            out += jnp.einsum("bgrip,pgv->bigrv", weights[..., -extra[0].shape[0] :], extra[1])
         return start + block, out.reshape(*out.shape[:2], -1, out.shape[-1])
 
     # Padded queries repeat the last position: they see something, and their output is cut off.

@@ -57,8 +57,8 @@ def gated_delta_rule_step(
 
 
 def flops_per_token(length: int, heads: int, key_dim: int, value_dim: int, *, channels: bool) -> int:
-    """Forward FLOPs of one token of the chunkwise form: two scores, the inverse and its product with the
-    values, the output; then recall, read and write of the state.
+    """Forward FLOPs of one token of the chunkwise form: two scores, the inverse and its products with
+    values and recalling keys, the output; then recall, read and write of the state.
 
     `channels`: the decay is per key channel, where only the lower triangle of scores is formed.
     """
@@ -66,4 +66,4 @@ def flops_per_token(length: int, heads: int, key_dim: int, value_dim: int, *, ch
     scores = 2 * chunk * key_dim * (1 if channels else 2)
     # Halving multiplies two squares of half the size per block: C^3 (1/2 + 1/8 + ...) = 2 C^3 / 3 per chunk.
     inverse = 2 * chunk * chunk // 3
-    return heads * (scores + inverse + 4 * chunk * value_dim + 6 * key_dim * value_dim)
+    return heads * (scores + inverse + 2 * chunk * (key_dim + 2 * value_dim) + 6 * key_dim * value_dim)

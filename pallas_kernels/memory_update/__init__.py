@@ -2,18 +2,26 @@
 
 from pallas_kernels.memory_update.api import (
     ACTIVATIONS,
+    LOSSES,
+    RETENTIONS,
     empty_memory,
     flops_per_token,
+    memory_read,
     memory_update,
+    memory_update_group,
     memory_update_step,
 )
 from pallas_kernels.memory_update.memory import Memory
 
 __all__ = [
     "ACTIVATIONS",
+    "LOSSES",
+    "RETENTIONS",
     "Memory",
     "empty_memory",
     "flops_per_token",
+    "memory_read",
     "memory_update",
+    "memory_update_group",
     "memory_update_step",
 ]

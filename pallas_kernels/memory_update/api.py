@@ -1,6 +1,6 @@
 """Public entry of the op: checks, the empty memory, choice of implementation."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -10,45 +10,141 @@ from jaxtyping import Float, Int
 from pallas_kernels.chunks import accumulation_dtype, chunk_length, number_runs
 from pallas_kernels.dispatch import choose
 from pallas_kernels.memory_update import reference, xla
-from pallas_kernels.memory_update.memory import Memory, Rule, shift
+from pallas_kernels.memory_update.memory import ENDLESS, Memory, Rule, Tokens, shift
+from pallas_kernels.orthogonal import flops as orthogonal_flops
+from pallas_kernels.phases import BLOCK, Group
 
 IMPLEMENTATIONS = {"reference": reference.memory_update, "xla": xla.memory_update}
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu": jax.nn.gelu}
+# |x| is smoothed to sqrt(x^2 + SMOOTH), so that it has a second derivative.
+SMOOTH = 1e-6
+# Added to the fourth power of a norm: without it weights grow as 1 / |A| where forgetting has made A small.
+FLOOR = 1.0
 
 
-def empty_memory(shapes: Sequence[tuple[int, int, int]], batch: int, *, momentum: bool = True) -> Memory:
-    """The memory at the start of a document, for inner weights of `shapes` (H, in, out)."""
+def _square(error: Array, threshold: Array | None) -> Array:
+    return jnp.sum(error**2, -1)
+
+
+def _cube(error: Array, threshold: Array | None) -> Array:
+    return jnp.sum((error**2 + SMOOTH) ** 1.5, -1)
+
+
+def _huber(error: Array, threshold: Array | None) -> Array:
+    if threshold is None:
+        raise ValueError("memory_update: loss='huber' needs a threshold")
+    square = _square(error, None)
+    return jnp.where(square <= threshold**2, square, threshold * jnp.sum(jnp.sqrt(error**2 + SMOOTH), -1))
+
+
+def _unit_l4(a: Array) -> Array:
+    return a * jax.lax.rsqrt(jnp.sum(a**4, (-2, -1), keepdims=True) + FLOOR)
+
+
+def _softmax(a: Array) -> Array:
+    return jax.nn.softmax(a, -1) * (a.shape[-1] * a.shape[-2] ** -0.5)
+
+
+LOSSES: dict[str, Callable] = {"square": _square, "cube": _cube, "huber": _huber}
+RETENTIONS: dict[str, Callable | None] = {"linear": None, "l4": _unit_l4, "softmax": _softmax}
+
+
+def empty_memory(
+    shapes: Sequence[tuple[int, int, int]],
+    batch: int,
+    *,
+    momentum: bool = True,
+    window: int = 1,
+    value_dim: int | None = None,
+) -> Memory:
+    """The memory at the start of a document, for inner weights of `shapes` (H, in, out).
+
+    With a window it holds keys and values too: K is the first `in` (no biases there), V the last `out`.
+    """
 
     def zeros():
         return tuple(jnp.zeros((batch, *shape)) for shape in shapes)
 
-    return Memory(zeros(), zeros(), zeros() if momentum else (), jnp.zeros(batch, jnp.int32))
+    past = _empty_past(batch, window, shapes[0][0], shapes[0][1], value_dim or shapes[-1][2])
+    return Memory(zeros(), zeros(), zeros() if momentum else (), jnp.zeros(batch, jnp.int32), past)
 
 
-def _fresh(initial: tuple, batch: int, momentum: bool) -> Memory:
+def _empty_past(batch: int, window: int, heads: int, key_dim: int, value_dim: int) -> tuple[Array, ...]:
+    """No token has a gain."""
+    shape = (batch, window - 1, heads)
+    if window == 1:
+        return ()
+    return jnp.zeros((*shape, key_dim)), jnp.zeros((*shape, value_dim)), jnp.zeros(shape)
+
+
+def _fresh(initial: tuple, tokens: Tokens, window: int) -> Memory:
     """The absolute memory, as implementations see it, at the start of a document."""
+    batch, heads = tokens.q.shape[0], tokens.q.shape[-2]
     weights = tuple(jnp.broadcast_to(w, (batch, *w.shape)) for w in initial)
-    still = tuple(jnp.zeros_like(w) for w in weights) if momentum else ()
-    return Memory(weights, weights, still, jnp.zeros(batch, jnp.int32))
+    still = () if tokens.log_momentum is None else tuple(jnp.zeros_like(w) for w in weights)
+    past = _empty_past(batch, window, heads, tokens.k.shape[-1], tokens.v.shape[-1])
+    past = tuple(x.astype(tokens.q.dtype) for x in past)
+    return Memory(weights, weights, still, jnp.zeros(batch, jnp.int32), past)
 
 
-def _rule(chunk: int, activation: str, residual: bool, clip: float | None) -> Rule:
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"memory_update: activation={activation!r}; choose from {', '.join(ACTIVATIONS)}")
-    if chunk < 1:
+def _choice(name: str, value: str, choices: dict):
+    if value not in choices:
+        raise ValueError(f"memory_update: {name}={value!r}; choose from {', '.join(choices)}")
+    return choices[value]
+
+
+def _rule(
+    chunk: int | None = 16,
+    activation: str = "silu",
+    residual: bool = False,
+    clip: float | None = None,
+    loss: str = "square",
+    retention: str = "linear",
+    window: int = 1,
+    norm_eps: float = 1e-6,
+) -> Rule:
+    if chunk is not None and chunk < 1:
         raise ValueError(f"memory_update: chunk={chunk} must be >= 1")
-    return Rule(chunk, ACTIVATIONS[activation], residual, clip)
+    if window < 1:
+        raise ValueError(f"memory_update: window={window} must be >= 1")
+    return Rule(
+        ENDLESS if chunk is None else chunk,
+        _choice("activation", activation, ACTIVATIONS),
+        residual,
+        clip,
+        _choice("loss", loss, LOSSES),
+        _choice("retention", retention, RETENTIONS),
+        window,
+        norm_eps,
+    )
 
 
-def _check(initial: tuple, k: Array, v: Array, residual: bool, memory: Memory | None, momentum: bool) -> None:
+def _check(initial: tuple, tokens: Tokens, memory: Memory | None, rule: Rule) -> None:
     widths = [(w.shape[-2], w.shape[-1]) for w in initial]
-    chain = [k.shape[-1], *(o for _, o in widths)]
-    if [i for i, _ in widths] != chain[:-1] or chain[-1] != v.shape[-1]:
-        raise ValueError(f"memory_update: weights {widths} do not lead from {k.shape[-1]} to {v.shape[-1]}")
-    if residual and k.shape[-1] != v.shape[-1]:
-        raise ValueError(f"memory_update: residual needs equal widths, not {k.shape[-1]} and {v.shape[-1]}")
-    if memory is not None and bool(memory.momentum) != momentum:
+    key_dim, value_dim = tokens.k.shape[-1], tokens.v.shape[-1]
+    chain = [key_dim, *(o for _, o in widths)]
+    fits = all(i in (n, n + 1) for (i, _), n in zip(widths, chain, strict=False))
+    if not fits or chain[-1] != value_dim:
+        raise ValueError(f"memory_update: weights {widths} do not lead from {key_dim} to {value_dim}")
+    if rule.residual and key_dim != value_dim:
+        raise ValueError(f"memory_update: residual needs equal widths, not {key_dim} and {value_dim}")
+    if memory is not None and bool(memory.momentum) != (tokens.log_momentum is not None):
         raise ValueError("memory_update: the state holds momentum exactly when log_momentum is given")
+    if memory is not None and bool(memory.past) != (rule.window > 1):
+        raise ValueError("memory_update: the state holds past tokens exactly when window > 1")
+    if tokens.threshold is not None and rule.window > 1:
+        raise ValueError("memory_update: threshold and window > 1 do not go together")
+    if tokens.read_scale is not None and (rule.retention is not None or tokens.orthogonal is not None):
+        raise ValueError("memory_update: read_scale goes with linear retention and plain steps only")
+
+
+def _prepared(tokens: Tokens, rule: Rule, dtype) -> Tokens:
+    """Wide; the gain always there with a window, and part of the rate without."""
+    tokens = tokens.map(lambda x: x.astype(dtype))
+    if rule.window > 1:
+        gain = jnp.ones_like(tokens.rate) if tokens.gain is None else tokens.gain
+        return tokens._replace(gain=gain)
+    return tokens if tokens.gain is None else tokens._replace(rate=tokens.rate * tokens.gain, gain=None)
 
 
 def memory_update(
@@ -61,42 +157,59 @@ def memory_update(
     log_momentum: Float[Array, "B T H"] | None = None,
     state: Memory | None = None,
     *,
-    chunk: int,
-    activation: str = "silu",
-    residual: bool = False,
-    clip: float | None = None,
+    norm: tuple[Float[Array, "H V"], Float[Array, "H V"]] | None = None,
+    read_scale: Float[Array, "B T H"] | None = None,
+    threshold: Float[Array, "B T H"] | None = None,
+    gain: Float[Array, "B T H"] | None = None,
+    orthogonal: Float[Array, "B T H"] | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
     implementation: str | None = None,
+    **rule,
 ) -> tuple[tuple[Float[Array, "B T H V"], Float[Array, "B T H"]], Memory]:
     """Train a network M on `k -> v` while reading it: returns `((y, surprise), state)`.
 
-        l_t = |M(k_t; W_c) - v_t|^2                 W_c: the weights when the chunk of token t began
+        l_t = loss(M(k_t; W_c) - v_t)               W_c: the weights when the chunk of token t began
         S_t = e^{log_momentum_t} S_{t-1} - rate_t dl_t/dW        (None: S_t = -rate_t dl_t/dW)
         W_t = e^{log_keep_t} W_{t-1} + S_t
         y_t = M(q_t; W_t),    surprise_t = l_t
 
-    M has one matrix per entry of `initial` (`[H, in, out]`, rows times matrix) and `activation` between
-    them; with `residual` it is x + MLP(x). A document starts from W = `initial`, S = 0. `chunk` is part of
-    the maths: chunks count from the start of the document, so cutting a sequence anywhere changes nothing.
-    With chunk = 1 gradients are taken at W_{t-1}. `clip` multiplies the gradient g of each token and matrix
-    by 1 / sqrt(1 + |g|^2 / clip^2).
+    M has one matrix per entry of `initial` (`[H, in, out]`, rows times matrix) and an activation between
+    them; a matrix with one row more than it has inputs has its bias there. The rule is given by keywords:
 
-    `rate >= 0`; `log_keep`, `log_momentum` are finite and <= 0. y has v's dtype, the rest is at least
-    float32. The state holds the weights less `initial`, so an empty one is all zeros. Raises ValueError for
-    widths that do not fit, an unknown activation or implementation, or a state with momentum where
-    `log_momentum` is None or without where it is not.
+    chunk        part of the maths: chunks count from the start of the document, so cutting a sequence
+                 anywhere changes nothing. With 1 gradients are taken at W_{t-1}, with None at `initial`.
+    activation   "silu" or "gelu"
+    residual     M is x + MLP(x)
+    clip         multiplies the gradient g of each token and matrix by 1 / sqrt(1 + |g|^2 / clip^2)
+    loss         of the error e: "square" |e|^2; "cube" sum |e_i|^3; "huber" |e|^2 where |e| <= threshold_t,
+                 else threshold_t sum |e_i|
+    retention    what is read, and differentiated, of the sums W: "linear" W itself; "l4"
+                 W / sqrt(|W|_4^4 + 1); "softmax" rows of softmax(W), times out / sqrt(in)
+    window       dl_t/dW becomes the sum of gain_u dl_u/dW over the last `window` tokens u (gain None: 1)
+
+    norm_eps     added to the variance in the LayerNorm of `norm`
+
+    Three arrays do more. `norm`, scale and bias: M is [x +] LayerNorm(MLP(x)). `read_scale` r: what is read
+    is W_c + r_t (W_t - W_c), and the next chunk starts from what was read last. `orthogonal`: W_t receives
+    orthogonal_t times the matrix of singular values near 1 that is nearest to S_t, instead of S_t.
+
+    A document starts from W = `initial`, S = 0. `rate >= 0`; `log_keep`, `log_momentum` are finite and
+    <= 0. y has v's dtype, the rest is at least float32. The state holds the weights less `initial`, so an
+    empty one is all zeros. Raises ValueError for widths that do not fit, unknown names, settings that do not
+    go together, or a state of another rule.
 
     Behrouz, Zhong, Mirrokni 2024 (arXiv 2501.00663) eq. 8-15; parallel within a chunk as in their sec. 3.2.
     """
     run = choose("memory_update", implementation, IMPLEMENTATIONS)
-    rule = _rule(chunk, activation, residual, clip)
-    _check(initial, k, v, residual, state, log_momentum is not None)
     dtype = accumulation_dtype(q, k, v, *initial, *(() if state is None else state.weights))
-    initial = tuple(w.astype(dtype) for w in initial)
-    fresh = _fresh(initial, q.shape[0], log_momentum is not None)
-    inputs = [x if x is None else x.astype(dtype) for x in (q, k, v, rate, log_keep, log_momentum)]
+    tokens = Tokens(q, k, v, rate, log_keep, log_momentum, read_scale, threshold, gain, orthogonal)
+    static = _rule(**rule)
+    _check(initial, tokens, state, static)
+    initial, norm = jax.tree.map(lambda x: x.astype(dtype), (initial, norm))
+    tokens = _prepared(tokens, static, dtype)
+    fresh = _fresh(initial, tokens, static.window)
     carried = None if state is None else shift(state, initial, 1)
-    (y, surprise), carried = run(fresh, *inputs, carried, number_runs(segment_ids), rule)
+    (y, surprise), carried = run(fresh, tokens, norm, carried, number_runs(segment_ids), static)
     return (y.astype(v.dtype), surprise), shift(carried, initial, -1)
 
 
@@ -110,32 +223,86 @@ def memory_update_step(
     log_momentum: Float[Array, "B H"] | None,
     state: Memory,
     *,
-    chunk: int,
-    activation: str = "silu",
-    residual: bool = False,
-    clip: float | None = None,
+    norm: tuple[Float[Array, "H V"], Float[Array, "H V"]] | None = None,
+    read_scale: Float[Array, "B H"] | None = None,
+    threshold: Float[Array, "B H"] | None = None,
+    gain: Float[Array, "B H"] | None = None,
+    orthogonal: Float[Array, "B H"] | None = None,
+    **rule,
 ) -> tuple[tuple[Float[Array, "B H V"], Float[Array, "B H"]], Memory]:
     """One token of `memory_update`."""
-    rule = _rule(chunk, activation, residual, clip)
-    _check(initial, k, v, residual, state, log_momentum is not None)
     dtype = state.weights[0].dtype
-    initial = tuple(w.astype(dtype) for w in initial)
-    inputs = [x if x is None else x.astype(dtype) for x in (q, k, v, rate, log_keep, log_momentum)]
-    memory, (y, surprise) = reference.step(shift(state, initial, 1), *inputs, rule=rule)
+    tokens = Tokens(q, k, v, rate, log_keep, log_momentum, read_scale, threshold, gain, orthogonal)
+    static = _rule(**rule)
+    _check(initial, tokens, state, static)
+    initial, norm = jax.tree.map(lambda x: x.astype(dtype), (initial, norm))
+    tokens = _prepared(tokens, static, dtype)
+    memory, (y, surprise) = reference.step(shift(state, initial, 1), tokens, norm=norm, rule=static)
     return (y.astype(v.dtype), surprise), shift(memory, initial, -1)
 
 
+def memory_update_group(
+    initial: tuple[Float[Array, "H _ _"], ...],
+    q: Float[Array, "B C H K"],
+    k: Float[Array, "B C H K"],
+    v: Float[Array, "B C H V"],
+    rate: Float[Array, "B C H"],
+    log_keep: Float[Array, "B C H"],
+    log_momentum: Float[Array, "B C H"] | None,
+    state: Memory,
+    group: Group,
+    **rule,
+) -> tuple[tuple[Float[Array, "B C H V"], Float[Array, "B C H"]], Memory]:
+    """`memory_update` of the tokens of one group within `phases.scan_blocks`.
+
+    For layers whose streams depend on what the memory holds, so that they are not known before the scan.
+    """
+    static = _rule(**rule)
+    tokens = Tokens(q, k, v, rate, log_keep, log_momentum)
+    _check(initial, tokens, state, static)
+    dtype = state.weights[0].dtype
+    initial = tuple(w.astype(dtype) for w in initial)
+    tokens = _prepared(tokens, static, dtype)
+    memory, (y, surprise) = xla.advance(shift(state, initial, 1), tokens, group, norm=None, rule=static)
+    return (y.astype(v.dtype), surprise), shift(memory, initial, -1)
+
+
+def memory_read(
+    initial: tuple[Float[Array, "H _ _"], ...],
+    q: Float[Array, "B T H K"],
+    state: Memory,
+    **rule,
+) -> Float[Array, "B T H V"]:
+    """`M(q; W_c)`: all queries at the weights of the present chunk's start; in q's dtype."""
+    static, dtype = _rule(**rule), state.weights[0].dtype
+    start = shift(state, tuple(w.astype(dtype) for w in initial), 1).start
+    y = jax.vmap(lambda q: reference.read(start, q, None, static), 1, 1)(q.astype(dtype))
+    return y.astype(q.dtype)
+
+
 def flops_per_token(
-    length: int, shapes: Sequence[tuple[int, int, int]], chunk: int, *, momentum: bool
+    length: int,
+    shapes: Sequence[tuple[int, int, int]],
+    chunk: int | None,
+    *,
+    momentum: bool,
+    window: int = 1,
+    written_out: bool = False,
+    orthogonal: bool = False,
 ) -> int:
     """Forward FLOPs of one token for inner weights of `shapes` (H, in, out), from an empty memory.
 
     Per layer: keys forward and back, the read, the write (each again for the momentum where there is one),
-    scores and their product with the gradients; and once per head the product of the two decays.
+    scores and their product with the gradients; and once per head the product of the two decays and of the
+    window's weights. `written_out` (retention that is not linear) and `orthogonal` form every token's matrix.
     """
-    block = chunk_length(length, chunk)
-    heads = shapes[0][0]
+    block = chunk_length(length, min(chunk or BLOCK, BLOCK))
+    keys = 1 + (window - 1) / block
     sizes = [i * o for _, i, o in shapes]
-    products = 2 * ((3 + 2 * momentum) * sum(sizes) + sum(sizes[1:]))
-    scores = 2 * block * sum(i + o for _, i, o in shapes)
-    return heads * (products + scores + momentum * 2 * block * block)
+    products = 2 * ((1 + 2 * keys + 2 * momentum) * sum(sizes) + keys * sum(sizes[1:]))
+    scores = 2 * keys * block * sum(i + o for _, i, o in shapes)
+    if written_out or orthogonal:
+        scores = 2 * keys * block * (1 + orthogonal) * sum(sizes)
+    steps = sum(orthogonal_flops(i, o) for _, i, o in shapes)
+    decays = (momentum + (window > 1)) * 2 * keys * block * block
+    return int(shapes[0][0] * (products + scores + decays + orthogonal * steps))

@@ -1,14 +1,20 @@
-"""What both implementations are told (the rule) and what they carry (the memory)."""
+"""What both implementations are told (the rule), what they are fed and what they carry (the memory)."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
+from pallas_kernels.phases import select
+
 Weights = tuple[Array, ...]  # one [B, H, in, out] per layer of the inner network
+
+# Gradients at the start of the document: a chunk that no document fills.
+ENDLESS = 2**30
 
 
 @dataclass(frozen=True)
@@ -19,6 +25,29 @@ class Rule:
     activation: Callable[[Array], Array]  # between the inner layers
     residual: bool  # the inner network is x + MLP(x)
     clip: float | None  # soft bound on the norm of one token's gradient, per layer
+    loss: Callable  # of the error [..., V] and the threshold [...] or None: [...]
+    retention: Callable | None  # weights that are used, of those that are accumulated; None: the same
+    window: int  # gradients of the last tokens that enter each write
+    norm_eps: float  # added to the variance in the network's LayerNorm
+
+
+class Tokens(NamedTuple):
+    """The streams `[B,T,H,.]` and gates `[B,T,H]`; None where the rule has none."""
+
+    q: Array
+    k: Array
+    v: Array
+    rate: Array
+    log_keep: Array
+    log_momentum: Array | None = None
+    read_scale: Array | None = None
+    threshold: Array | None = None
+    gain: Array | None = None
+    orthogonal: Array | None = None
+
+    def map(self, f: Callable[[Array], Array]) -> "Tokens":
+        """`f` of every stream that is there."""
+        return jax.tree.map(f, self)
 
 
 @struct.dataclass
@@ -29,6 +58,7 @@ class Memory:
     weights: Weights  # weights after the last token
     momentum: Weights  # empty without momentum
     phase: Array  # [B] int32: tokens of the chunk already seen, < chunk
+    past: tuple[Array, ...] = ()  # k, v, gain of the last window - 1 tokens, [B, window - 1, H, ...]
 
 
 def shift(memory: Memory, initial: Weights, sign: int) -> Memory:
@@ -40,12 +70,32 @@ def shift(memory: Memory, initial: Weights, sign: int) -> Memory:
     return replace(memory, start=shifted(memory.start), weights=shifted(memory.weights))
 
 
-def select(rows: Array, yes: Memory, no: Memory) -> Memory:
-    """`yes` where `rows [B]`, else `no`."""
-    return jax.tree.map(lambda a, b: jnp.where(rows.reshape(-1, *[1] * (a.ndim - 1)), a, b), yes, no)
+def scaled(start: Weights, weights: Weights, scale: Array | None) -> Weights:
+    """`start + scale (weights - start)`, `scale [B,H]`."""
+    if scale is None:
+        return weights
+    r = scale[..., None, None]
+    return tuple(s + r * (w - s) for s, w in zip(start, weights, strict=True))
 
 
-def close_chunk(memory: Memory, chunk: int) -> Memory:
-    """Where the chunk is full, the next one starts from the present weights."""
+def close_chunk(memory: Memory, chunk: int, scale: Array | None = None) -> Memory:
+    """Where the chunk is full, the next one starts from the weights that were read last."""
     full = memory.phase == chunk
-    return select(full, replace(memory, start=memory.weights, phase=jnp.zeros_like(memory.phase)), memory)
+    weights = scaled(memory.start, memory.weights, scale)
+    closed = replace(memory, start=weights, weights=weights, phase=jnp.zeros_like(memory.phase))
+    return select(full, closed, memory)
+
+
+def affine(x: Array, w: Array, times: Callable) -> tuple[Array, Array]:
+    """`(x, x w)`, with a 1 appended to x where `w` has one row more than x columns: its bias."""
+    if w.shape[-2] == x.shape[-1] + 1:
+        x = jnp.concatenate([x, jnp.ones_like(x[..., :1])], -1)
+    return x, times(x, w)
+
+
+def head(z: Array, x: Array, norm: tuple[Array, Array] | None, rule: Rule) -> Array:
+    """What the network makes of its last layer's `z`: `[x +] [LayerNorm] z`; `norm` is broadcast."""
+    if norm is not None:
+        z = z - jnp.mean(z, -1, keepdims=True)
+        z = z * jax.lax.rsqrt(jnp.mean(z**2, -1, keepdims=True) + rule.norm_eps) * norm[0] + norm[1]
+    return x + z if rule.residual else z

@@ -1,22 +1,21 @@
-"""The dual form: the weights after each token are never written out.
+"""The dual form: the weights after each token are never written out, unless reads are not linear in them.
 
 While the gradients of a chunk are taken at its start weights W_c, the update is linear in them. Write
 `x_u, d_u` for the input and the output gradient of an inner layer at key u, so that `grad_u = x_u d_u^T`,
 and let W, S be weights and momentum where a run of tokens begins. With
 
     P[t,s] = prod_{s<j<=t} (1 - a_j),   E[t,s] = prod_{s<j<=t} e_j   (s <= t),   p, e the same from the start,
+    R[t,u] = rate_t gain_u where 0 <= t - u < window, else 0,
 
-    W_t = p_t W + f_t S - sum_u G[t,u] x_u d_u^T,      G = P E diag(r),   f = P e,
-    S_t = e_t S - sum_u E[t,u] r_u x_u d_u^T,
+    S_t = e_t S - sum_u M[t,u] x_u d_u^T,                        M = E R,
+    W_t = p_t W + f_t S - sum_u G[t,u] x_u d_u^T,      f = P e,  G = P M,
 
 and a query goes through the inner network layer by layer with
 
     h W_t = p_t (h W) + f_t (h S) - sum_u G[t,u] (h . x_u) d_u.
 
-Time is cut into blocks no longer than a chunk. The chunks of a document need not start where blocks do:
-a block holds tokens of the chunk it was entered in, tokens of the next one if that one fills up, and tokens
-of documents that begin here. Each kind is one pass over the block with the others masked; passes that
-have no token in any row are skipped.
+Where what is read is a nonlinear function of W_t (retention), or what is written one of S_t (orthogonal
+steps), the same sums give the matrices of all tokens of a block.
 """
 
 from functools import partial
@@ -26,38 +25,38 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels.chunks import (
-    chunk_length,
-    join_time,
-    masked_exp,
-    split_time,
+from pallas_kernels.chunks import masked_exp
+from pallas_kernels.memory_update.memory import (
+    Memory,
+    Rule,
+    Tokens,
+    Weights,
+    affine,
+    close_chunk,
+    head,
 )
-from pallas_kernels.memory_update.memory import Memory, Rule, Weights, close_chunk, select
-
-
-class Tokens(NamedTuple):
-    """One block, heads first: `q, k, v [B,H,C,.]`, gates `[B,H,C]`."""
-
-    q: Array
-    k: Array
-    v: Array
-    rate: Array
-    log_keep: Array
-    log_momentum: Array | None
-
-
-class MomentumCoefficients(NamedTuple):
-    in_weights: Array  # [B,H,C+1,1] of the momentum that enters, in the weights
-    keep: Array  # [B,H,1,1] of the momentum that enters, in the momentum at the end
-    gradient: Array  # [B,H,C] of each gradient, in the momentum at the end
+from pallas_kernels.memory_update.reference import used
+from pallas_kernels.orthogonal import orthogonalize
+from pallas_kernels.phases import Group, last_tokens, scan_blocks
 
 
 class Coefficients(NamedTuple):
-    """How states and gradients enter the weights; rows are the C tokens and the end of the run."""
+    """How states and gradients enter the weights and the momentum; rows are the C tokens and the end."""
 
     keep: Array  # [B,H,C+1,1] of the weights that enter
-    gradient: Array  # [B,H,C+1,C] of each gradient
-    momentum: MomentumCoefficients | None
+    between: Array  # [B,H,C+1,C] of each token's write
+    gradient: Array  # [B,H,C+1,U] of each gradient
+    stay: Array | None  # [B,H,C+1,1] of the momentum that enters, in the momentum
+    in_weights: Array | None  # [B,H,C+1,1] of the momentum that enters, in the weights
+    momentum: Array  # [B,H,C+1,U] of each gradient, in the momentum (or in the write)
+
+
+class Keys(NamedTuple):
+    """What gradients are taken of: U tokens of the past and of the block."""
+
+    k: Array  # [B,H,U,K]
+    v: Array
+    threshold: Array | None  # [B,H,U]
 
 
 def _decays(log_gate: Array, pairs: Array) -> tuple[Array, Array]:
@@ -67,21 +66,39 @@ def _decays(log_gate: Array, pairs: Array) -> tuple[Array, Array]:
     return jnp.exp(total), masked_exp(total[..., None] - total[..., None, :-1], pairs)
 
 
-def _coefficients(tokens: Tokens, pairs: Array) -> Coefficients:
-    keep, between = _decays(tokens.log_keep, pairs)
-    rate = tokens.rate[..., None, :]
+def _window_weights(memory: Memory, tokens: Tokens, group: Group, rule: Rule) -> Array:
+    """gain_u in the window of t, `[B,H,C,U]`: the past first, then the block."""
+    size, length = rule.window - 1, group.members.shape[1]
+    age = jnp.arange(length)[:, None] - jnp.arange(length)
+    near = group.pairs[:, :-1] & (age < rule.window)
+    past = group.members[..., None] & (group.rank[..., None] + size - jnp.arange(size) < rule.window)
+    own = jnp.ones_like(tokens.rate) if tokens.gain is None else tokens.gain
+    gain = jnp.concatenate([jnp.swapaxes(memory.past[2], 1, 2), own], -1)
+    return jnp.where(jnp.concatenate([past, near], -1)[:, None], gain[..., None, :], 0)
+
+
+def _coefficients(memory: Memory, tokens: Tokens, group: Group, rule: Rule) -> Coefficients:
+    keep, between = _decays(tokens.log_keep, group.pairs)
+    band = _window_weights(memory, tokens, group, rule) if rule.window > 1 else None
+
+    def written(decays: Array) -> Array:
+        """`decays R`."""
+        decays = decays * tokens.rate[..., None, :]
+        return decays if band is None else decays @ band
+
     if tokens.log_momentum is None:
-        return Coefficients(keep[..., None], between * rate, None)
-    stay, momentum = _decays(tokens.log_momentum, pairs)
-    momentum = momentum * rate
+        alone = group.pairs[:, None] * jnp.eye(group.pairs.shape[1], group.pairs.shape[2], dtype=keep.dtype)
+        momentum = written(alone) if tokens.orthogonal is not None else between
+        return Coefficients(keep[..., None], between, written(between), None, None, momentum)
+    stay, momentum = _decays(tokens.log_momentum, group.pairs)
+    momentum = written(momentum)
     return Coefficients(
         keep=keep[..., None],
-        gradient=jnp.einsum("bhts,bhsu->bhtu", between, momentum[..., :-1, :]),
-        momentum=MomentumCoefficients(
-            in_weights=jnp.sum(between * stay[..., None, :-1], -1, keepdims=True),
-            keep=stay[..., -1:, None],
-            gradient=momentum[..., -1, :],
-        ),
+        between=between,
+        gradient=between @ momentum[..., :-1, :],
+        stay=stay[..., None],
+        in_weights=between @ stay[..., :-1, None],
+        momentum=momentum,
     )
 
 
@@ -89,24 +106,31 @@ def _times(x: Array, w: Array) -> Array:
     return jnp.einsum("bhti,bhio->bhto", x, w)
 
 
-def _gradients(weights: Weights, k: Array, v: Array, rule: Rule) -> tuple[list, list, Array]:
-    """Per inner layer its inputs x and output gradients d at the keys, and the loss `[B,H,C]`.
+def _gradients(weights: Weights, keys: Keys, norm, rule: Rule) -> tuple[list, list, Array]:
+    """Per inner layer its inputs x and output gradients d at the keys, and the loss `[B,H,U]`.
 
     The slope of the activation comes from forward mode, so that the whole can be differentiated again.
     """
-    inputs, slopes = [k], []
-    for w in weights[:-1]:
-        z = _times(inputs[-1], w)
+    x, z = affine(keys.k, weights[0], _times)
+    inputs, slopes = [x], []
+    for w in weights[1:]:
         x, slope = jax.jvp(rule.activation, (z,), (jnp.ones_like(z),))
+        x, z = affine(x, w, _times)
         inputs.append(x)
         slopes.append(slope)
-    error = _times(inputs[-1], weights[-1]) + (k if rule.residual else 0) - v
-    deltas = [2 * error]
+
+    def surprise(z):
+        each = rule.loss(head(z, keys.k, norm, rule) - keys.v, keys.threshold)
+        return jnp.sum(each), each
+
+    delta, each = jax.grad(surprise, has_aux=True)(z)
+    deltas = [delta]
     for w, slope in zip(weights[:0:-1], slopes[::-1], strict=True):
+        w = w[..., : slope.shape[-1], :]  # without the bias
         deltas.insert(0, jnp.einsum("bhto,bhio->bhti", deltas[0], w) * slope)
     if rule.clip is not None:
         deltas = [_clipped(x, d, rule.clip) for x, d in zip(inputs, deltas, strict=True)]
-    return inputs, deltas, jnp.sum(error**2, -1)
+    return inputs, deltas, each
 
 
 def _clipped(x: Array, delta: Array, clip: float) -> Array:
@@ -115,112 +139,104 @@ def _clipped(x: Array, delta: Array, clip: float) -> Array:
     return delta * jax.lax.rsqrt(1 + square / clip**2)
 
 
-def _advance(memory: Memory, tokens: Tokens, pairs: Array, rule: Rule) -> tuple[Memory, Array, Array]:
-    """All tokens of one run; `pairs [B,C+1,C]` says which token sees which, its last row who is written."""
-    c = _coefficients(tokens, pairs)
-    inputs, deltas, surprise = _gradients(memory.start, tokens.k, tokens.v, rule)
-    last = len(deltas) - 1
-    hidden, weights, momentum = tokens.q, [], []
-    for i, (w, x, delta) in enumerate(zip(memory.weights, inputs, deltas, strict=True)):
-        scores = c.gradient[..., :-1, :] * jnp.einsum("bhti,bhui->bhtu", hidden, x)
-        z = c.keep[..., :-1, :] * _times(hidden, w) - _times(scores, delta)
-        new = c.keep[..., -1:, :] * w - _outer(x, c.gradient[..., -1, :], delta)
-        if c.momentum is not None:
-            s = memory.momentum[i]
-            z = z + c.momentum.in_weights[..., :-1, :] * _times(hidden, s)
-            new = new + c.momentum.in_weights[..., -1:, :] * s
-            momentum.append(c.momentum.keep * s - _outer(x, c.momentum.gradient, delta))
-        weights.append(new)
-        hidden = z if i == last else rule.activation(z)
-    phase = memory.phase + jnp.sum(pairs[:, -1], -1, dtype=memory.phase.dtype)
-    memory = Memory(memory.start, tuple(weights), tuple(momentum), phase)
-    out = tokens.q + hidden if rule.residual else hidden
-    return close_chunk(memory, rule.chunk), out, surprise
+class Layer(NamedTuple):
+    """One inner layer: what it starts from, and its gradients `x_u d_u^T`."""
+
+    start: Array
+    weights: Array
+    momentum: Array | None
+    x: Array
+    delta: Array
 
 
-def _outer(x: Array, coefficient: Array, delta: Array) -> Array:
-    return jnp.einsum("bhui,bhuo->bhio", x * coefficient[..., None], delta)
+def _linear_read(hidden: Array, layer: Layer, c: Coefficients, read_scale: Array | None):
+    """`(h W_t, W_end, S_end)` without the W_t."""
+    scores = c.gradient[..., :-1, :] * jnp.einsum("bhti,bhui->bhtu", hidden, layer.x)
+    z = c.keep[..., :-1, :] * _times(hidden, layer.weights) - _times(scores, layer.delta)
+    end = c.keep[..., -1:, :] * layer.weights - _outer(layer, c.gradient[..., -1, :])
+    momentum = None
+    if layer.momentum is not None and c.in_weights is not None and c.stay is not None:
+        z = z + c.in_weights[..., :-1, :] * _times(hidden, layer.momentum)
+        end = end + c.in_weights[..., -1:, :] * layer.momentum
+        momentum = c.stay[..., -1:, :] * layer.momentum - _outer(layer, c.momentum[..., -1, :])
+    if read_scale is not None:
+        before = _times(hidden, layer.start)
+        z = before + read_scale[..., None] * (z - before)
+    return z, end, momentum
 
 
-def _pairs(members: Array, run: Array | None = None) -> Array:
-    """`[B,C+1,C]` from `members [B,C]`: whom each token sees and, in the last row, who reaches the end.
-
-    With `run [B,C]` tokens see their own document only, and the end is that of the last one.
-    """
-    causal = jnp.tril(jnp.ones((members.shape[1],) * 2, bool))
-    sees = causal & members[:, :, None] & members[:, None, :]
-    reaches = members
-    if run is not None:
-        sees = sees & (run[:, :, None] == run[:, None, :])
-        reaches = members & (run == run[:, -1:])
-    return jnp.concatenate([sees, reaches[:, None]], 1)
-
-
-class Groups(NamedTuple):
-    """The tokens of a block by the weights their gradients are taken at; G groups, in order."""
-
-    members: Array  # [G,B,C]
-    pairs: Array  # [G,B,C+1,C]
-    begins: Array  # [G] starts from the memory of a new document, not from the present one
+def _written_out(hidden: Array, layer: Layer, c: Coefficients, orthogonal: Array | None, rule: Rule):
+    """The same by way of the W_t."""
+    momentum = None
+    if orthogonal is None and layer.momentum is None:
+        every = _every(c.keep, layer.weights) - _outers(layer, c.gradient)
+    else:
+        every_s = -_outers(layer, c.momentum)
+        if layer.momentum is not None and c.stay is not None:
+            every_s = every_s + _every(c.stay, layer.momentum)
+            momentum = every_s[:, :, -1]
+        write = every_s[:, :, :-1]
+        if orthogonal is not None:
+            write = orthogonal[..., None, None] * orthogonalize(write)
+        every = _every(c.keep, layer.weights) + jnp.einsum("bhts,bhsio->bhtio", c.between, write)
+    reads = every[:, :, :-1]
+    z = jnp.einsum("bhti,bhtio->bhto", hidden, reads if rule.retention is None else rule.retention(reads))
+    return z, every[:, :, -1], momentum
 
 
-def _groups(real: Array, run: Array | None, carry_run: Array | None, room: Array) -> Groups:
-    """`real [B,C]`: not padding; `room [B]`: tokens left in the chunk that the block is entered in."""
-    continuing = real if run is None or carry_run is None else real & (run == carry_run[:, None])
-    in_chunk = jnp.arange(real.shape[1]) < room[:, None]
-    members = [continuing & in_chunk, continuing & ~in_chunk]
-    pairs = [_pairs(m) for m in members]
-    if run is not None:
-        members.append(real & ~continuing)
-        pairs.append(_pairs(members[-1], run))
-    return Groups(jnp.stack(members), jnp.stack(pairs), jnp.arange(len(members)) == 2)
+def _every(coefficient: Array, w: Array) -> Array:
+    return coefficient[..., None] * w[:, :, None]
 
 
-def _visit(result, group: Groups, fresh: Memory, tokens: Tokens, rule: Rule):
-    """Advance one group, if it has any token, and merge it into `result`: memory, y, surprise."""
-
-    def advance(result):
-        memory, out, surprise = result
-        source = jax.tree.map(lambda a, b: jnp.where(group.begins, a, b), fresh, memory)
-        new, new_out, new_surprise = _advance(source, tokens, group.pairs, rule)
-        here = group.members[:, None, :]
-        return (
-            select(jnp.any(group.pairs[:, -1], -1), new, memory),
-            jnp.where(here[..., None], new_out, out),
-            jnp.where(here, new_surprise, surprise),
-        )
-
-    return jax.lax.cond(jnp.any(group.members), advance, lambda result: result, result), None
+def _outer(layer: Layer, coefficient: Array) -> Array:
+    return jnp.einsum("bhui,bhuo->bhio", layer.x * coefficient[..., None], layer.delta)
 
 
-def _block(carry, inputs, fresh: Memory, aligned: bool, rule: Rule):
-    """One block. `aligned`: every block is entered at the start of a chunk, and there is one document."""
-    (memory, carry_run), (tokens, run, real) = carry, inputs
-    if aligned:
-        memory, out, surprise = _advance(memory, tokens, _pairs(real), rule)
-        return (memory, carry_run), (out, surprise)
-    groups = _groups(real, run, carry_run, rule.chunk - memory.phase)
-    empty = (jnp.zeros_like(tokens.v), jnp.zeros_like(tokens.rate))
-    visit = partial(_visit, fresh=fresh, tokens=tokens, rule=rule)
-    (memory, out, surprise), _ = jax.lax.scan(visit, (memory, *empty), groups)
-    return (memory, carry_run if run is None else run[:, -1]), (out, surprise)
+def _outers(layer: Layer, coefficient: Array) -> Array:
+    each = layer.x[..., :, None] * layer.delta[..., None, :]
+    return jnp.einsum("bhtu,bhuio->bhtio", coefficient, each)
 
 
-def memory_update(fresh, q, k, v, rate, log_keep, log_momentum, memory, segment_ids, rule):
+def _keys(memory: Memory, tokens: Tokens, rule: Rule) -> Keys:
+    if rule.window == 1:
+        return Keys(tokens.k, tokens.v, tokens.threshold)
+    k, v = (jnp.swapaxes(x, 1, 2) for x in memory.past[:2])
+    return Keys(jnp.concatenate([k, tokens.k], 2), jnp.concatenate([v, tokens.v], 2), None)
+
+
+def advance(memory: Memory, tokens: Tokens, group: Group, *, norm, rule: Rule):
+    """All tokens of one group: `(memory, (y, surprise))`."""
+    raw, length = tokens, tokens.q.shape[1]
+    tokens = tokens.map(lambda x: jnp.swapaxes(x, 1, 2))
+    if norm is not None:
+        norm = tuple(x[:, None] for x in norm)
+    c = _coefficients(memory, tokens, group, rule)
+    inputs, deltas, surprise = _gradients(used(memory.start, rule), _keys(memory, tokens, rule), norm, rule)
+    z, weights, momentum = tokens.q, [], []
+    for i, (start, w, x, delta) in enumerate(zip(memory.start, memory.weights, inputs, deltas, strict=True)):
+        layer = Layer(start, w, memory.momentum[i] if memory.momentum else None, x, delta)
+        hidden, _ = affine(rule.activation(z) if i else z, w, lambda x, w: x)
+        if rule.retention is None and tokens.orthogonal is None:
+            z, end, s = _linear_read(hidden, layer, c, tokens.read_scale)
+        else:
+            z, end, s = _written_out(hidden, layer, c, tokens.orthogonal, rule)
+        weights.append(end)
+        momentum += [] if s is None else [s]
+    past: Weights = ()
+    if rule.window > 1:
+        streams = jax.tree.leaves((raw.k, raw.v, raw.gain))
+        past = tuple(last_tokens(p, x, group) for p, x in zip(memory.past, streams, strict=True))
+    phase = memory.phase + group.total
+    memory = Memory(memory.start, tuple(weights), tuple(momentum), phase, past)
+    y = jnp.swapaxes(head(z, tokens.q, norm, rule), 1, 2)
+    scale = (
+        None if raw.read_scale is None else last_tokens(raw.read_scale[:, :1], raw.read_scale, group)[:, 0]
+    )
+    surprise = jnp.swapaxes(surprise[..., -length:], 1, 2)
+    return close_chunk(memory, rule.chunk, scale), (y, surprise)
+
+
+def memory_update(fresh, tokens: Tokens, norm, memory, segment_ids, rule: Rule):
     """Block by block; `fresh` is the memory at the start of a document, `memory` the carried one or None."""
-    length = q.shape[1]
-    block = chunk_length(length, rule.chunk)
-
-    def cut(x):
-        return None if x is None else jnp.swapaxes(split_time(x, block), 2, 3)
-
-    tokens = Tokens(*(cut(x) for x in (q, k, v, rate, log_keep, log_momentum)))
-    real = split_time(jnp.ones((1, length), bool), block)
-    run = carry_run = None
-    if segment_ids is not None:
-        run, carry_run = split_time(segment_ids, block, edge=True), segment_ids[:, 0]
-    aligned = memory is None and segment_ids is None
-    body = jax.checkpoint(partial(_block, fresh=fresh, aligned=aligned, rule=rule))
-    carry = (fresh if memory is None else memory, carry_run)
-    (memory, _), (out, surprise) = jax.lax.scan(body, carry, (tokens, run, real))
-    return tuple(join_time(jnp.swapaxes(x, 2, 3), length) for x in (out, surprise)), memory
+    body = partial(advance, norm=norm, rule=rule)
+    return scan_blocks(body, fresh, memory, tokens, segment_ids, rule.chunk)

@@ -1,0 +1,1 @@
+"""The same work in other people's code, timed in an environment of its own."""
