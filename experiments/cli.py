@@ -25,19 +25,26 @@ def _list(_) -> int:
     from experiments import overrides
     from zoo import registry
 
-    layers = Table(
-        title="layers at width 128 and 1,024 tokens (K = 1,024); each has apply, in this form, and step"
-    )
-    for column in ("layer", "what it is", "form", "state", "FLOPs/token", "arXiv"):
-        layers.add_column(column, justify="right" if column in ("state", "FLOPs/token") else "left")
+    console = Console()
+    # What a layer is needs room: 80 columns hold names and numbers, a pipe or a file holds all.
+    if not console.is_terminal:
+        console = Console(width=160)
+    layers = Table(title="layers at width 128 and 1,024 tokens; each has apply, in this form, and step")
+    layers.add_column("layer", no_wrap=True)
+    layers.add_column("form")
+    for column in ("state KB", "KFLOP/token"):
+        layers.add_column(column, justify="right")
+    layers.add_column("arXiv", no_wrap=True)
+    if console.width >= 120:
+        layers.add_column("what it is")
     for name, entry in registry.LAYERS.items():
         cfg = registry.config(name, 128)
-        numbers = (f"{cfg.state_bytes() / 1024:,.1f} KB", f"{cfg.flops_per_token(1024) / 1024:,.0f} K")
-        layers.add_row(name, registry.summary(name), entry.form, *numbers, registry.paper(name))
+        numbers = (f"{cfg.state_bytes() / 1e3:,.1f}", f"{cfg.flops_per_token(1024) / 1e3:,.0f}")
+        what = [registry.summary(name)] * (console.width >= 120)
+        layers.add_row(name, entry.form, *numbers, registry.paper(name), *what)
     configs = Table("config", "what it does", title="configs")
     for name in overrides.config_names():
         configs.add_row(name, overrides.description(name))
-    console = Console()
     console.print(layers, configs)
     return 0
 

@@ -115,7 +115,7 @@ class State:
         return self.memory.phase
 
 
-class Tokens(NamedTuple):
+class _Tokens(NamedTuple):
     """What is known of tokens without the memory, `[B, (T,) H, K]`."""
 
     query: Array  # of the memory
@@ -171,7 +171,7 @@ def _projected(params: Params, cfg: Config, x: Array, place: Array) -> tuple[Arr
     return rotary(q, place, cfg.rope_base), rotary(k, place, cfg.rope_base), v
 
 
-def _pairs_of_keys(params: Params, cfg: Config, recalled: Array, tokens: Tokens) -> tuple[Array, Array]:
+def _pairs_of_keys(params: Params, cfg: Config, recalled: Array, tokens: _Tokens) -> tuple[Array, Array]:
     """Keys and values of what was recalled and of the tokens, `[..., 2, H, K]`, at least float32."""
     h = rms_norm(merge_heads(recalled), params["recall_scale"])
     _, k, v = _projected(params, cfg, h, tokens.place)
@@ -207,7 +207,7 @@ def _close(state: State) -> State:
     return State(memory=state.memory, k=jnp.where(rows, 0, state.k), v=jnp.where(rows, 0, state.v))
 
 
-def _one(state: State, tokens: Tokens, *, params: Params, cfg: Config):
+def _one(state: State, tokens: _Tokens, *, params: Params, cfg: Config):
     """One token: `(state, (y [B,D], read [B,H,K], surprise [B,H]))`."""
     initial, rule = _initial(params, cfg), cfg.memory.rule
     recalled = memory_read(initial, tokens.query[:, None], state.memory, **rule)[:, 0]
@@ -223,7 +223,7 @@ def _one(state: State, tokens: Tokens, *, params: Params, cfg: Config):
     return _close(State(memory=memory, k=k, v=v)), (y, read, surprise)
 
 
-def _many(state: State, tokens: Tokens, group: Group, *, params: Params, cfg: Config):
+def _many(state: State, tokens: _Tokens, group: Group, *, params: Params, cfg: Config):
     """The tokens of one group of a block."""
     initial, rule = _initial(params, cfg), cfg.memory.rule
     recalled = memory_read(initial, tokens.query, state.memory, **rule)
@@ -246,8 +246,8 @@ def _many(state: State, tokens: Tokens, group: Group, *, params: Params, cfg: Co
     return _close(State(memory=memory, k=k, v=v)), (y, *out)
 
 
-def _tokens(params: Params, cfg: Config, x: Array, place: Array) -> Tokens:
-    return Tokens(_query(params, cfg, x), *_projected(params, cfg, x, place), place)
+def _tokens(params: Params, cfg: Config, x: Array, place: Array) -> _Tokens:
+    return _Tokens(_query(params, cfg, x), *_projected(params, cfg, x, place), place)
 
 
 def _output(params: Params, y: Array, read: Array) -> Array:

@@ -52,7 +52,6 @@ ROWS = {
         "mixture_of_memories", WIDTH, heads=2, memories=2, shared=False, rule="linear", conv=0
     ),
     "titans": registry.config("titans", WIDTH, heads=2, chunk=8),
-    "atlas": registry.config("atlas", WIDTH, heads=2, chunk=8, window=3),
     "omega_net": registry.config("omega_net", WIDTH, heads=2, chunk=4, window=7, degree=1),
     "lact": registry.config("lact", WIDTH, heads=2, chunk=8),
     "titans_mac": registry.config("titans_mac", WIDTH, heads=2, segment=8, persistent=3),

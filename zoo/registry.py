@@ -91,11 +91,9 @@ LAYERS: dict[str, Entry] = {
     "base_conv": Entry("base_conv", "convolution"),
     "mixture_of_memories": Entry("mixture_of_memories", "chunkwise"),
     "titans": Entry("titans", "chunkwise"),
-    "atlas": Entry("atlas", "chunkwise"),
     "omega_net": Entry(
         "atlas",
         "chunkwise",
-        {"muon": False},
         paper="2505.23735",
         what="OmegaNet: ATLAS without Muon, gradients over a window of tokens.",
     ),
