@@ -15,8 +15,8 @@ alpha, eta, theta, gamma, mu are sigmoids of projections of x_t, theta scaled as
 are the weights at the start of the token's chunk, which counts from the start of the document and is part of
 the model; 1 is the paper's recurrence. The window's gradients of earlier chunks are taken there too.
 
-With `muon` and a memory of two matrices the gradient through a long stream overflows float32 (at 65,536 tokens
-with steps of 0.01; 7e8 at 4,096 tokens with 0.03). Until that is solved only OmegaNet has a name in the registry.
+With `muon` and a memory of two matrices the gradient through a long stream overflows float32 (at 65,536
+tokens with steps of 0.01; 7e8 at 4,096 tokens with 0.03). Until that is solved only OmegaNet is registered.
 
 Source: Behrouz et al. 2025 (arXiv 2505.23735): the Omega rule, polynomial features, OmegaNet and ATLAS. Ours:
 mu, because what is orthogonal has lost its size; c; biases of gates; `clip`, as in titans; and the monomials
