@@ -12,7 +12,7 @@ quickstart: $(READY)  ## train five families and attention on one task, and put 
 	$(ZOO) compare quickstart
 
 test: $(READY)  ## the whole test suite
-	.venv/bin/python -m pytest -n 2 --dist loadgroup
+	.venv/bin/python -m pytest -n 2
 
 lint: $(READY)  ## style, formatting, types
 	.venv/bin/ruff check .

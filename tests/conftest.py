@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 
 # Two fake devices for shard_map; more pool threads than cores, or jax 0.11 can deadlock on 2 cores.
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
@@ -28,3 +29,25 @@ def float32():
     jax.config.update("jax_enable_x64", False)
     yield
     jax.config.update("jax_enable_x64", True)
+
+
+def row_of(nodeid):
+    """The row that a test of the conformance suite belongs to, else the test itself."""
+    found = re.search(r"test_conformance\.py::.*\[(?:[\d.]+-)?(.*)\]", nodeid)
+    return found[1] if found else nodeid
+
+
+def pytest_collection_modifyitems(items):
+    """Row by row, so that the tests of a row share what is compiled for it."""
+    order = {row_of(item.nodeid): place for place, item in reversed(list(enumerate(items)))}
+    items.sort(key=lambda item: order[row_of(item.nodeid)])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Every row in one process (pytest-xdist's own groups are without effect under pytest 9.2)."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    scheduler = LoadScopeScheduling(config, log)
+    scheduler._split_scope = row_of
+    return scheduler

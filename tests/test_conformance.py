@@ -25,13 +25,25 @@ LENGTH = 37
 
 
 def rows(names):
-    """One case per row; all tests of a row run in one process, so that they share compiled results."""
-    return pytest.mark.parametrize(
-        "name", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in names]
-    )
+    """One case per row; conftest.py runs all tests of a row in one process, one after the other."""
+    return pytest.mark.parametrize("name", list(names))
 
 
 by_row = rows(ROWS)
+
+
+_present = []
+
+
+@pytest.fixture(autouse=True)
+def programs_of_one_row_at_a_time(request):
+    """What was compiled for a row goes when the next one comes: a process can map only so much code."""
+    name = request.node.callspec.params.get("name")
+    if _present != [name]:
+        _present[:] = [name]
+        all_at_once.cache_clear()
+        verbs.cache_clear()
+        jax.clear_caches()
 
 
 def setup(name, length=LENGTH, batch=2, seed=0):
