@@ -40,12 +40,10 @@ def test_three_steps_make_a_layer(repository):
     (repository / "layers" / "ema.py").write_text(layer)
     insert(repository / "zoo" / "registry.py", "LAYERS", entry)
     insert(repository / "tests" / "rows.py", "ROWS", row)
-    tests = run(
-        repository, "pytest", "-q", "-p", "no:cacheprovider", "tests/test_conformance.py", "-k", "ema]"
-    )
+    tests = run(repository, "pytest", "-p", "no:cacheprovider", "tests/test_conformance.py", "-k", "ema]")
     passed = int(re.search(r"(\d+) passed", tests)[1])
     assert passed >= 20
     assert "EMA: an exponential" in run(repository, "experiments.cli", "list").replace("\n", " ")
-    run(repository, "pytest", "-q", "-p", "no:cacheprovider", "tests/test_house.py", "-k", "not readme")
+    run(repository, "pytest", "-p", "no:cacheprovider", "tests/test_house.py", "-k", "not readme")
     run(repository, "experiments.readme")
     assert "| [`ema`](layers/ema.py) | EMA: an exponential" in (repository / "README.md").read_text()
