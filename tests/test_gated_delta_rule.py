@@ -178,10 +178,11 @@ def test_unknown_implementation():
 
 
 def test_flops_are_those_of_the_compiled_products():
-    """One chunk's matrix products, counted by hand: two scores, merges of the inverse, five more products."""
+    """One chunk's products, counted by hand: two scores, merges of the inverse, what it multiplies (values,
+    recalling keys), the output from within; recall, read and write of the state."""
     C, K, V = 32, 16, 8
-    scores, merges = 2 * (2 * C * C * K), 4 * 16**3 + 2 * 4 * 8**3 + 4 * 4 * 4**3
-    products = 2 * (2 * C * C * V) + 3 * (2 * C * K * V)
+    scores, merges = 2 * (2 * C * C * K), 4 * 16**3 + 2 * 4 * 8**3
+    products = 2 * C * C * (V + K) + 2 * C * C * V + 3 * (2 * C * K * V)
     counted = C * flops_per_token(4 * C, 1, K, V, channels=False)
     assert abs(counted - (scores + merges + products)) < 0.02 * counted
     assert flops_per_token(4 * C, 1, K, V, channels=True) < flops_per_token(4 * C, 1, K, V, channels=False)
