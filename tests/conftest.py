@@ -1,17 +1,19 @@
 """Float64 everywhere unless a test asks for `float32`; warnings from our code are errors (pyproject.toml)."""
 
+import gc
 import os
 import pathlib
 import re
 
-# Two fake devices for shard_map; more pool threads than cores, or jax 0.11 can deadlock on 2 cores.
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+# Four fake devices for shard_map. Nearly all the time of these tests is compilation of small programs: no
+# optimisation of their code (JAX_DISABLE_MOST_OPTIMIZATIONS is without effect here).
+os.environ.setdefault(
+    "XLA_FLAGS", "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
+)
+# More pool threads than cores, or jax 0.11 can deadlock on 2 cores.
 os.environ.setdefault("NPROC", "8")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "agg")
-# Nearly all the time of these tests is compilation: no expensive optimisations of small programs.
-os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-
 import jax
 import pytest
 from jaxtyping import install_import_hook
@@ -21,6 +23,8 @@ OPS = (pathlib.Path(__file__).parent.parent / "pallas_kernels").glob("*/api.py")
 install_import_hook([f"pallas_kernels.{api.parent.name}.api" for api in OPS], "beartype.beartype")
 
 jax.config.update("jax_enable_x64", True)
+# Tracing makes many objects and little garbage: look for it rarely.
+gc.set_threshold(100_000, 50, 100)
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_conformance import assert_close, values_and_gradients_at_once
+from chains import assert_close, values_and_gradients
 
 from layers import lru, min_gru, min_lstm, rg_lru, s4d, s5
 from layers.common import hippo_legs
@@ -47,7 +47,7 @@ def test_equals_the_definition_and_numpy(length, packed, constant, dtype):
         def op(a, b, state):
             return diagonal_scan(a, b, state, segment_ids=ids, implementation=implementation)
 
-        return values_and_gradients_at_once(op, a, b, state)
+        return values_and_gradients(op, a, b, state)
 
     result = run("xla")
     assert_close(result, run("reference"))
@@ -355,7 +355,7 @@ def test_dss_equals_its_convolution():
     """DSS-exp from its definition: `K_l = Re sum_n W_n (e^{dt lam_n} - 1) / lam_n e^{l dt lam_n}`."""
     cfg = registry.config("dss", 3, state_dim=8)
     params, x = perturbed(s4d, cfg), np.asarray(normal(3, 100, 3))
-    assert params["ssm_A_log"].shape == (4,) and params["ssm_log_dt_im"].shape == (3,)
+    assert params["ssm_A_log"].shape == (1, 4) and params["ssm_log_dt_im"].shape == (3,)
     y, _ = run_layer(s4d, cfg, params, x)
     p = numbers(params)
     real, imag = -np.exp(p["ssm_A_log"]), p["ssm_A_im"]

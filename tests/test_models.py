@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_conformance import TOLERANCE, assert_close, values_and_gradients_at_once
+from chains import TOLERANCE, assert_close, values_and_gradients
 
 from zoo import blocks, classifier, lm, registry
 from zoo.generate import generate
@@ -36,8 +36,8 @@ def test_language_model_by_steps(tie, mlp):
 
     state = lm.init_state(cfg, 2)
     assert_close(
-        values_and_gradients_at_once(whole, params, state),
-        values_and_gradients_at_once(by_steps, params, state),
+        values_and_gradients(whole, params, state),
+        values_and_gradients(by_steps, params, state),
     )
 
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_conformance import assert_close, values_and_gradients_at_once
+from chains import assert_close, values_and_gradients
 
 from layers import gru, lstm
 from pallas_kernels.nonlinear_scan import nonlinear_scan, xla
@@ -44,7 +44,7 @@ def test_equals_the_definition(length, packed):
                 implementation=implementation,
             )
 
-        return values_and_gradients_at_once(op, weight, inputs, state, fresh)
+        return values_and_gradients(op, weight, inputs, state, fresh)
 
     assert_close(run("xla"), run("reference"))
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_conformance import assert_close, values_and_gradients_at_once
+from chains import assert_close, values_and_gradients
 
 from pallas_kernels import chunks
 from pallas_kernels.attention import attention, empty_cache
@@ -37,7 +37,7 @@ def test_gated_linear_attention(form, length, packed):
         def op(q, k, v, g, state):
             return gated_linear_attention(q, k, v, g, state, segment_ids=ids, implementation=implementation)
 
-        return values_and_gradients_at_once(op, q, k, v, g, state)
+        return values_and_gradients(op, q, k, v, g, state)
 
     assert_close(run("xla"), run("reference"))
 
@@ -62,7 +62,7 @@ def test_groups_of_chunks(rows, monkeypatch):
                 q, 0.1 * k, v, p, g, state, **how
             )
 
-        return values_and_gradients_at_once(ops, q, k, v, p, g, state)
+        return values_and_gradients(ops, q, k, v, p, g, state)
 
     assert_close(run("xla"), run("reference"))
 
@@ -105,7 +105,7 @@ def test_short_conv(length, packed, masked):
         def op(x, weight, state):
             return short_conv(x, weight, state, segment_ids=ids, mask=mask, implementation=implementation)
 
-        return values_and_gradients_at_once(op, x, weight, state)
+        return values_and_gradients(op, x, weight, state)
 
     assert_close(run("xla"), run("reference"))
 
@@ -135,7 +135,7 @@ def test_attention(length, span, packed):
             # Slots that no later query can see may differ: look at the cache through a query.
             return out, attention(q[:, :1], k[:, :1], v[:, :1], span, cache, implementation="reference")[0]
 
-        return values_and_gradients_at_once(op, q, k, v, past)
+        return values_and_gradients(op, q, k, v, past)
 
     assert_close(run("xla"), run("reference"))
 
