@@ -11,16 +11,32 @@ weights W,
 
 alpha, eta, theta, gamma, mu are sigmoids of projections of x_t, theta scaled as in `titans`, mu by
 `step_size` and gamma by 1 / window (it is 1 with a window of 1). orthogonalize is five Newton-Schulz steps
-(Muon). Without `muon` W_t receives S_t itself, which is OmegaNet, and Titans on phi when the window is 1. W_c
-are the weights at the start of the token's chunk, which counts from the start of the document and is part of
-the model; 1 is the paper's recurrence. The window's gradients of earlier chunks are taken there too.
+on S_t / sqrt(|S_t|^2 + s^2), s being `floor` times the largest |S_t|. Without `muon` W_t receives S_t itself,
+which is OmegaNet, and Titans on phi when the window is 1. W_c are the weights at the start of the token's
+chunk, which counts from the start of the document and is part of the model; 1 is the paper's recurrence. The
+window's gradients of earlier chunks are taken there too.
 
-With `muon` and a memory of two matrices the gradient through a long stream overflows float32 (at 65,536
-tokens with steps of 0.01; 7e8 at 4,096 tokens with 0.03). Until that is solved only OmegaNet is registered.
+Why s, and which Newton-Schulz steps. Where the memory knows its window S_t is small, and dividing by |S_t|
+gives a step of full size with a slope of 1 / |S_t|: W jumps about the minimum, and chunks expand a difference
+between two W. Muon's coefficients bring a slope of 485 besides, and a polynomial that falls in places.
+Gradients then grow exponentially in T. Depth 1, no window or more forgetting change the rate only. With s a
+slope is bounded, and what decides is mu * chunk * slope / s. The classical step 1.5 x - 0.5 x x^T x has slope
+7.6 after five and never falls; it is also the one that converges to the nearest semi-orthogonal matrix.
+
+    |gradient| after T tokens            classical                    muon
+    (width 8, 2 heads, mu < 0.05)        floor 1     floor 1e-6       floor 1     floor 1e-6
+    T = 256                              1.4         1.3              1.8         2.8
+    T = 4,096                            1.3         7e3              9e7         6e17
+    T = 65,536                           1.3
+
+With theta, gamma and mu all near their largest it is 1 at 4,096 and 16 at 16,384 tokens; 2e19 at 4,096 if
+`step_size` is 0.1. A longer chunk wants a smaller `step_size`.
 
 Source: Behrouz et al. 2025 (arXiv 2505.23735): the Omega rule, polynomial features, OmegaNet and ATLAS. Ours:
-mu, because what is orthogonal has lost its size; c; biases of gates; `clip`, as in titans; and the monomials
-of degree 2 each once (off the diagonal times sqrt 2, which leaves phi(q) . phi(k) the same).
+the range of mu, because what is orthogonal has lost its size; `floor` and the classical coefficients
+(newton_schulz="muon" and a floor of 1e-6 give Muon's step, for short documents); c; biases of gates; `clip`,
+as in titans; and the monomials of degree 2 each once (off the diagonal times sqrt 2, which leaves
+phi(q) . phi(k) the same).
 """
 
 from dataclasses import dataclass
@@ -42,6 +58,7 @@ from layers.common import (
     memory_gates_init,
     merge_heads,
     require,
+    require_choice,
     require_divides,
     require_positive,
     rms_norm,
@@ -52,6 +69,7 @@ from layers.common import (
     wide,
 )
 from pallas_kernels.memory_update import (
+    NEWTON_SCHULZ,
     Memory,
     empty_memory,
     flops_per_token,
@@ -71,17 +89,20 @@ class Config:
     chunk: int = 16  # tokens whose gradients are taken at the same weights
     depth: int = 2  # matrices of the memory
     expand: int = 2  # hidden width of the memory / (width / heads)
-    muon: bool = False  # orthogonal steps: ATLAS; not stable over 65,536 tokens, see above
-    step_size: float = 0.01  # largest mu, with muon
-    max_rate: float = 0.3  # theta_max; with orthogonal steps only ratios of theta matter
+    muon: bool = False  # orthogonal steps: ATLAS
+    newton_schulz: str = "classical"  # with muon: coefficients, or "muon"
+    step_size: float = 0.05  # largest mu, with muon
+    floor: float = 1.0  # of |S|, where a step divides by it, / the largest that |S| can be
+    max_rate: float = 0.3  # theta_max
     clip: float | None = 1.0
     conv: int = 4  # taps of the short convolution on q, k, v; 0 for none
 
     def __post_init__(self):
         require_positive(self, "width", "heads", "degree", "window", "chunk", "depth", "expand")
         require_divides(self, "heads", "width")
+        require_choice(self, "newton_schulz", tuple(NEWTON_SCHULZ))
         require(self.degree <= 2, f"atlas: degree={self.degree} must be 1 or 2")
-        for name in ("step_size", "max_rate"):
+        for name in ("step_size", "floor", "max_rate"):
             require(getattr(self, name) > 0, f"atlas: {name}={getattr(self, name)} must be > 0")
         require(self.clip is None or self.clip > 0, f"atlas: clip={self.clip} must be > 0 or None")
         require(self.conv >= 0, f"atlas: conv={self.conv} must be >= 0")
@@ -103,7 +124,14 @@ class Config:
     @property
     def rule(self) -> dict:
         """What the op has to know besides arrays."""
-        return {"chunk": self.chunk, "clip": self.clip, "window": self.window}
+        largest = self.max_rate * (self.clip or 1.0)
+        return {
+            "chunk": self.chunk,
+            "clip": self.clip,
+            "window": self.window,
+            "newton_schulz": self.newton_schulz,
+            "floor": self.floor * largest,
+        }
 
     @property
     def gates(self) -> tuple[str, ...]:
@@ -120,7 +148,12 @@ class Config:
         gates = (3 + len(self.gates)) * self.heads
         projections = self.width * (5 * self.width + gates + 3 * self.conv)
         mix = flops_per_token(
-            length, self.shapes, self.chunk, momentum=True, window=self.window, orthogonal=self.muon
+            length,
+            self.shapes,
+            self.chunk,
+            momentum=True,
+            window=self.window,
+            orthogonal=self.newton_schulz if self.muon else None,
         )
         return 2 * projections + mix
 

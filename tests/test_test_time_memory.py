@@ -1,5 +1,6 @@
 """Test-time memories against plain NumPy, one token and one matrix at a time, and against each other."""
 
+import dataclasses
 import functools
 
 import jax
@@ -13,7 +14,7 @@ from pallas_kernels.attention import empty_cache
 from pallas_kernels.chunk_update import chunk_update
 from pallas_kernels.gated_delta_rule import gated_delta_rule
 from pallas_kernels.memory_update import memory_update
-from pallas_kernels.orthogonal import VARIED, orthogonalize
+from pallas_kernels.orthogonal import CLASSICAL, VARIED, orthogonalize
 
 B, H, D, E, T = 1, 2, 4, 6, 11
 TOLERANCE = 1e-11
@@ -89,8 +90,8 @@ def gradients(weights, k, v, activation, loss_slope, norm, residual):
     return result
 
 
-def newton_schulz(x, steps):
-    x = x / np.linalg.norm(x)
+def newton_schulz(x, steps, floor=0.0):
+    x = x / np.sqrt((x**2).sum() + floor**2)
     for a, b, c in steps:
         x = a * x + b * x @ x.T @ x + c * x @ x.T @ x @ x.T @ x
     return x
@@ -116,6 +117,8 @@ def remember(
     gain=None,
     scale=None,
     orthogonal=None,
+    steps=((3.4445, -4.7750, 2.0315),) * 5,
+    floor=0.0,
 ):
     """Reads `[T, V]` of one head; gates `[T]`."""
     start, now = list(initial), list(initial)
@@ -135,7 +138,7 @@ def remember(
             speed[i] = (0 if momentum is None else momentum[t]) * speed[i] - rate[t] * total[i]
             move = speed[i]
             if orthogonal is not None:
-                move = orthogonal[t] * newton_schulz(move, [(3.4445, -4.7750, 2.0315)] * 5)
+                move = orthogonal[t] * newton_schulz(move, steps, floor)
             now[i] = keep[t] * now[i] + move
         r = 1.0 if scale is None else scale[t]
         used = [s + r * (w - s) for s, w in zip(start, now, strict=True)]
@@ -187,7 +190,7 @@ def row_softmax(a):
 
 
 @pytest.mark.parametrize("chunk", [1, 4])
-@pytest.mark.parametrize("name", ["ttt", "moneta", "yaad", "memora", "omega", "atlas"])
+@pytest.mark.parametrize("name", ["ttt", "moneta", "yaad", "memora", "omega", "atlas", "classical"])
 def test_rules_in_numpy(name, chunk):
     """Every rule on a network of two layers: biases, inner norm, losses, retentions, windows, Muon."""
     q, k, v, rate, keep, momentum = streams()
@@ -204,6 +207,7 @@ def test_rules_in_numpy(name, chunk):
         "memora": {**inner, "retention": "softmax"},
         "omega": {"window": 3, "gain": gate, "clip": 1.0},
         "atlas": {"window": 3, "gain": gate, "orthogonal": 0.1 * gate, "clip": 1.0},
+        "classical": {"orthogonal": 0.1 * gate, "newton_schulz": "classical", "floor": 0.3},
     }[name]
     if name in ("ttt", "moneta", "yaad", "memora"):
         momentum = None
@@ -220,6 +224,7 @@ def test_rules_in_numpy(name, chunk):
             "memora": {"retention": row_softmax},
             "omega": {"window": 3, "gain": gate[:, h], "clip": 1.0},
             "atlas": {"window": 3, "gain": gate[:, h], "orthogonal": 0.1 * gate[:, h], "clip": 1.0},
+            "classical": {"orthogonal": 0.1 * gate[:, h], "steps": ((1.5, -0.5, 0.0),) * 5, "floor": 0.3},
         }[name]
         if "norm" in theirs:
             mine |= {"norm": [n[h] for n in norm], "residual": True}
@@ -278,6 +283,19 @@ def test_omega_net_without_a_window_is_titans():
     close(run(atlas, cfg, params, x), run(titans, titans.Config(8, heads=2, chunk=4), theirs, x))
 
 
+def test_atlas_with_a_high_floor_is_omega_net():
+    """Far below the floor an orthogonal step is a multiple of what it is made of."""
+    omega = atlas.Config(8, heads=2, window=3, chunk=4)
+    floor, slope = 1e9, 1.5**5
+    cfg = dataclasses.replace(
+        omega, muon=True, floor=floor, step_size=2 * floor * omega.max_rate * omega.clip / slope
+    )
+    params = perturbed(atlas, cfg)
+    params |= {"w_step": jnp.zeros((8, 2)), "step_bias": jnp.zeros(2)}  # mu = step_size / 2
+    x = jnp.asarray(random(3, 2, 21, 8))
+    close(run(atlas, cfg, params, x), run(atlas, omega, params, x))
+
+
 def test_yaad_with_a_high_threshold_is_the_square_loss():
     x = jnp.asarray(random(4, 2, 21, 8))
     yaad, square = (miras.Config(8, heads=2, loss=loss, retention="linear") for loss in ("huber", "square"))
@@ -303,6 +321,16 @@ def test_orthogonal_factor(shape):
         s = a * s + b * s**3 + c * s**5
     close(orthogonalize(jnp.asarray(x), VARIED), u * s[:, None] @ vt)
     assert np.all(np.abs(s - 1) < 0.2)
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (3, 5)])
+def test_slope_of_an_orthogonal_step(shape):
+    """At 0 it is the product of the linear coefficients over the floor."""
+    x = jnp.asarray(random(5, *shape))
+    _, change = jax.jvp(
+        functools.partial(orthogonalize, steps=CLASSICAL, floor=0.3), (jnp.zeros(shape),), (x,)
+    )
+    close(change, 1.5**5 / 0.3 * x)
 
 
 @pytest.mark.parametrize(("orthogonal", "normalize"), [(True, True), (False, False)])

@@ -3,6 +3,7 @@
 from pallas_kernels.memory_update.api import (
     ACTIVATIONS,
     LOSSES,
+    NEWTON_SCHULZ,
     RETENTIONS,
     empty_memory,
     flops_per_token,
@@ -16,6 +17,7 @@ from pallas_kernels.memory_update.memory import Memory
 __all__ = [
     "ACTIVATIONS",
     "LOSSES",
+    "NEWTON_SCHULZ",
     "RETENTIONS",
     "Memory",
     "empty_memory",

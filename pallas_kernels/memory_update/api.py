@@ -11,6 +11,7 @@ from pallas_kernels.chunks import accumulation_dtype, chunk_length, number_runs
 from pallas_kernels.dispatch import choose
 from pallas_kernels.memory_update import reference, xla
 from pallas_kernels.memory_update.memory import ENDLESS, Memory, Rule, Tokens, shift
+from pallas_kernels.orthogonal import CLASSICAL, MUON
 from pallas_kernels.orthogonal import flops as orthogonal_flops
 from pallas_kernels.phases import BLOCK, Group
 
@@ -47,6 +48,7 @@ def _softmax(a: Array) -> Array:
 
 LOSSES: dict[str, Callable] = {"square": _square, "cube": _cube, "huber": _huber}
 RETENTIONS: dict[str, Callable | None] = {"linear": None, "l4": _unit_l4, "softmax": _softmax}
+NEWTON_SCHULZ = {"classical": CLASSICAL, "muon": MUON}
 
 
 def empty_memory(
@@ -102,11 +104,15 @@ def _rule(
     retention: str = "linear",
     window: int = 1,
     norm_eps: float = 1e-6,
+    newton_schulz: str = "muon",
+    floor: float = 1e-7,
 ) -> Rule:
     if chunk is not None and chunk < 1:
         raise ValueError(f"memory_update: chunk={chunk} must be >= 1")
     if window < 1:
         raise ValueError(f"memory_update: window={window} must be >= 1")
+    if floor <= 0:
+        raise ValueError(f"memory_update: floor={floor} must be > 0")
     return Rule(
         ENDLESS if chunk is None else chunk,
         _choice("activation", activation, ACTIVATIONS),
@@ -116,6 +122,8 @@ def _rule(
         _choice("retention", retention, RETENTIONS),
         window,
         norm_eps,
+        _choice("newton_schulz", newton_schulz, NEWTON_SCHULZ),
+        floor,
     )
 
 
@@ -188,6 +196,8 @@ def memory_update(
     window       dl_t/dW becomes the sum of gain_u dl_u/dW over the last `window` tokens u (gain None: 1)
 
     norm_eps     added to the variance in the LayerNorm of `norm`
+    newton_schulz  coefficients of orthogonal steps: "muon" or "classical"
+    floor        an orthogonal step is that of S_t over sqrt(|S_t|^2 + floor^2)
 
     Three arrays do more. `norm`, scale and bias: M is [x +] LayerNorm(MLP(x)). `read_scale` r: what is read
     is W_c + r_t (W_t - W_c), and the next chunk starts from what was read last. `orthogonal`: W_t receives
@@ -288,13 +298,14 @@ def flops_per_token(
     momentum: bool,
     window: int = 1,
     written_out: bool = False,
-    orthogonal: bool = False,
+    orthogonal: str | None = None,
 ) -> int:
     """Forward FLOPs of one token for inner weights of `shapes` (H, in, out), from an empty memory.
 
     Per layer: keys forward and back, the read, the write (each again for the momentum where there is one),
     scores and their product with the gradients; and once per head the product of the two decays and of the
-    window's weights. `written_out` (retention that is not linear) and `orthogonal` form every token's matrix.
+    window's weights. `written_out` (retention that is not linear) and orthogonal steps (with the
+    coefficients of that name) form every token's matrix.
     """
     block = chunk_length(length, min(chunk or BLOCK, BLOCK))
     keys = 1 + (window - 1) / block
@@ -302,7 +313,7 @@ def flops_per_token(
     products = 2 * ((1 + 2 * keys + 2 * momentum) * sum(sizes) + keys * sum(sizes[1:]))
     scores = 2 * keys * block * sum(i + o for _, i, o in shapes)
     if written_out or orthogonal:
-        scores = 2 * keys * block * (1 + orthogonal) * sum(sizes)
-    steps = sum(orthogonal_flops(i, o) for _, i, o in shapes)
+        scores = 2 * keys * block * (1 + bool(orthogonal)) * sum(sizes)
+    steps = sum(orthogonal_flops(i, o, NEWTON_SCHULZ[orthogonal]) for _, i, o in shapes) if orthogonal else 0
     decays = (momentum + (window > 1)) * 2 * keys * block * block
-    return int(shapes[0][0] * (products + scores + decays + orthogonal * steps))
+    return int(shapes[0][0] * (products + scores + decays + steps))

@@ -29,6 +29,8 @@ class Rule:
     retention: Callable | None  # weights that are used, of those that are accumulated; None: the same
     window: int  # gradients of the last tokens that enter each write
     norm_eps: float  # added to the variance in the network's LayerNorm
+    newton_schulz: tuple[tuple[float, float, float], ...]  # coefficients of an orthogonal step
+    floor: float  # of the norm that it divides by
 
 
 class Tokens(NamedTuple):

@@ -75,7 +75,8 @@ def step(memory: Memory, token: Tokens, *, norm, rule: Rule):
         change = tuple(stay * m + c for m, c in zip(memory.momentum, change, strict=True))
         memory = replace(memory, momentum=change)
     if token.orthogonal is not None:
-        change = tuple(token.orthogonal[..., None, None] * orthogonalize(c) for c in change)
+        size = token.orthogonal[..., None, None]
+        change = tuple(size * orthogonalize(c, rule.newton_schulz, rule.floor) for c in change)
     keep = jnp.exp(token.log_keep)[..., None, None]
     weights = tuple(keep * w + c for w, c in zip(memory.weights, change, strict=True))
     y = read(used(scaled(memory.start, weights, token.read_scale), rule), token.q, norm, rule)

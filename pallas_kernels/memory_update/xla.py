@@ -177,7 +177,7 @@ def _written_out(hidden: Array, layer: Layer, c: Coefficients, orthogonal: Array
             momentum = every_s[:, :, -1]
         write = every_s[:, :, :-1]
         if orthogonal is not None:
-            write = orthogonal[..., None, None] * orthogonalize(write)
+            write = orthogonal[..., None, None] * orthogonalize(write, rule.newton_schulz, rule.floor)
         every = _every(c.keep, layer.weights) + jnp.einsum("bhts,bhsio->bhtio", c.between, write)
     reads = every[:, :, :-1]
     z = jnp.einsum("bhti,bhtio->bhto", hidden, reads if rule.retention is None else rule.retention(reads))
