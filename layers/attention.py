@@ -11,6 +11,13 @@ Ainslie et al. 2023 (arXiv 2305.13245) (grouped queries); Beltagy et al. 2020 (a
 The window counts the query's own token, so `window=1` sees only itself. `conv` adds a short causal
 convolution (linear, no activation) on q, k and v before the rotation, which lets one layer bind a token to
 the one before it (Arora et al. 2023, arXiv 2312.04927).
+
+With `sinks` = S > 0 the first S tokens of the document stay visible beside a window of w tokens. As in
+StreamingLLM (Xiao et al. 2023, arXiv 2309.17453 sec. 3.2), whose cache numbers what it holds from 0, no
+distance grows beyond S + w - 1: for j < S that the window has left behind, the logit is
+R_p q_i . R_j k_j with p = S + w - 1. With `sink_logit` the softmax has one more term, exp(b_h), in its
+denominator, b_h a number learned per head that starts at 0: the + 1 with which a head may attend to nothing
+(gpt-oss, arXiv 2508.10925).
 """
 
 from dataclasses import dataclass
@@ -37,16 +44,21 @@ from layers.common import (
 from pallas_kernels.attention import (
     Cache,
     attention,
+    attention_part,
+    attention_part_step,
     attention_step,
+    chosen_attention,
     empty_cache,
     flops_per_token,
+    merge,
     positions,
 )
 
 
 @dataclass(frozen=True)
 class Config:
-    """Raises ValueError for head counts that do not divide, or an odd head width with rotary positions."""
+    """Raises ValueError for head counts that do not divide, an odd head width with rotary positions, or sinks
+    without a window."""
 
     width: int
     heads: int = 4  # query heads H
@@ -56,6 +68,8 @@ class Config:
     max_length: int = 2048  # longest sequence of full attention: the slots of its state
     rope_base: float | None = 10000.0  # None: no positions
     conv: int = 0  # taps of the short convolution on q, k, v; 0 for none
+    sinks: int = 0  # S first tokens of the document that are seen beside the window
+    sink_logit: bool = False  # a learned logit per head in the denominator alone
 
     def __post_init__(self):
         require_positive(self, "width", "heads", "max_length", "G", "span")
@@ -66,6 +80,10 @@ class Config:
             f"attention: kv_heads={self.kv_heads} does not divide heads={self.heads}",
         )
         require(self.conv >= 0, f"attention: conv={self.conv} must be >= 0")
+        require(
+            self.sinks >= 0 and (self.sinks == 0 or self.window is not None),
+            f"attention: sinks={self.sinks} must be >= 0, and 0 where window={self.window}",
+        )
         require(
             self.rope_base is None or self.K % 2 == 0,
             f"attention: rotary positions need an even head width, not {self.K}",
@@ -84,24 +102,33 @@ class Config:
         return self.max_length if self.window is None else self.window
 
     @property
+    def plain(self) -> bool:
+        """Without sinks of either kind."""
+        return not self.sinks and not self.sink_logit
+
+    @property
     def channels(self) -> int:
         """Of q, k and v together."""
         return (self.heads + 2 * self.G) * self.K
 
     def state_bytes(self) -> int:
-        """`4 (span (2 G K + 1) + 1 + (conv - 1)(H + 2 G) K)`: keys, values, positions, length, window."""
+        """`4 (span (2 G K + 1) + 1 + S 2 G K + (conv - 1)(H + 2 G) K)`: keys, values and positions, length,
+        keys and values of the sinks, window of the convolution."""
         window = max(self.conv - 1, 0) * self.channels
-        return 4 * (self.span * (2 * self.G * self.K + 1) + 1 + window)
+        return 4 * (self.span * (2 * self.G * self.K + 1) + 1 + self.sinks * 2 * self.G * self.K + window)
 
     def flops_per_token(self, length: int) -> int:
         projections = self.width * (self.channels + self.heads * self.K) + self.conv * self.channels
-        return 2 * projections + flops_per_token(length, self.span, self.heads, self.K, self.K)
+        mix = flops_per_token(length, self.span, self.heads, self.K, self.K)
+        return 2 * projections + mix + 4 * self.sinks * self.heads * self.K
 
 
 @struct.dataclass
 class State:
     cache: Cache  # the last `span` keys and values
     conv: Array  # [B, conv - 1, (H + 2 G) K]
+    sink_k: Array  # [B, S, G, K]: of the document's first S tokens, zeros where they have not come yet
+    sink_v: Array  # [B, S, G, K]
 
 
 def init(key: Array, cfg: Config) -> Params:
@@ -113,24 +140,56 @@ def init(key: Array, cfg: Config) -> Params:
     }
     if cfg.conv:
         params["conv"] = conv_init(conv_key, cfg.conv, cfg.channels)
+    if cfg.sink_logit:
+        params["sink_logit"] = jnp.zeros(cfg.heads)
     return params
 
 
 def init_state(cfg: Config, batch: int) -> State:
+    sinks = jnp.zeros((batch, cfg.sinks, cfg.G, cfg.K))
     return State(
         cache=empty_cache(batch, cfg.span, cfg.G, cfg.K, cfg.K),
         conv=conv_state(batch, max(cfg.conv, 1), cfg.channels),
+        sink_k=sinks,
+        sink_v=jnp.copy(sinks),
     )
 
 
-def _heads(cfg: Config, qkv: Array, position: Array) -> tuple[Array, Array, Array]:
-    """Rotated, scaled q `[..., H, K]`, rotated k and v `[..., G, K]`."""
+def _heads(cfg: Config, qkv: Array, position: Array) -> tuple[Array, Array, Array, Array]:
+    """Rotated, scaled q, and the same as the sinks see it, `[..., H, K]`; rotated k and v `[..., G, K]`."""
     qkv = qkv.reshape(*qkv.shape[:-1], -1, cfg.K)
     q, k, v = jnp.split(qkv, [cfg.heads, cfg.heads + cfg.G], -2)
     q = q * cfg.K**-0.5
-    if cfg.rope_base is not None:
-        q, k = rotary(q, position, cfg.rope_base), rotary(k, position, cfg.rope_base)
-    return q, k, v
+    if cfg.rope_base is None:
+        return q, q, k, v
+    farthest = jnp.minimum(position, cfg.sinks + cfg.span - 1)
+    far = rotary(q, farthest, cfg.rope_base) if cfg.sinks else q
+    return rotary(q, position, cfg.rope_base), far, rotary(k, position, cfg.rope_base), v
+
+
+def _kept(cfg: Config, state: State, k: Array, v: Array, position: Array):
+    """Keys and values, the old sinks' and the new tokens', `[B, S + T, G, K]`; which of them each token sees
+    as sinks, `[B, T, S]`, -1 for those that the window still holds; the sinks after the last token.
+    """
+    time, sink = jnp.arange(k.shape[1])[:, None], jnp.arange(cfg.sinks)
+    place = time - position[..., None] + sink  # in this call, or negative: it came before
+    index = jnp.where(place < 0, sink, cfg.sinks + place)
+    seen = jnp.where(position[..., None] - sink >= cfg.span, index, -1)
+    old = state.sink_k, state.sink_v
+    both = [jnp.concatenate([o, x.astype(o.dtype)], 1) for o, x in zip(old, (k, v), strict=True)]
+    there = (place[:, -1] < k.shape[1])[..., None, None]
+    last = jnp.minimum(index[:, -1], cfg.sinks + k.shape[1] - 1)[..., None, None]
+    return *both, seen, *(jnp.where(there, jnp.take_along_axis(x, last, 1), 0) for x in both)
+
+
+def _with_sinks(params, cfg, state, part, far, k, v, position, implementation=None):
+    """`(o [B, T, H, K], sink_k, sink_v)`: one softmax over the window's `part`, sinks and the extra logit."""
+    null = params["sink_logit"] if cfg.sink_logit else None
+    if not cfg.sinks:
+        return merge([part], null), state.sink_k, state.sink_v
+    keys, values, seen, *sinks = _kept(cfg, state, k, v, position)
+    beyond = chosen_attention(far, keys, values, seen, implementation=implementation)
+    return merge([part, beyond], null), *sinks
 
 
 def apply(params, cfg, x, state=None, *, segment_ids=None, implementation=None):
@@ -142,19 +201,22 @@ def apply(params, cfg, x, state=None, *, segment_ids=None, implementation=None):
         cfg.window is not None or x.shape[1] <= cfg.max_length,
         f"attention: {x.shape[1]} tokens are more than max_length={cfg.max_length}; raise it or set window",
     )
-    past = jnp.zeros(x.shape[0], jnp.int32) if state is None else state.cache.length
-    qkv = dense(x, params["w_qkv"])
-    conv = init_state(cfg, x.shape[0]).conv if state is None else state.conv
+    cache = None if state is None else state.cache
+    state = init_state(cfg, x.shape[0]) if state is None else state
+    qkv, conv = dense(x, params["w_qkv"]), state.conv
     if cfg.conv:
         qkv, conv = short_conv(qkv, params["conv"], conv, segment_ids=segment_ids)
-    o, cache = attention(
-        *_heads(cfg, qkv, positions(past, segment_ids, x.shape[1])),
-        cfg.span,
-        None if state is None else state.cache,
-        segment_ids=segment_ids,
-        implementation=implementation,
-    )
-    return dense(merge_heads(o), params["w_out"]), State(cache=cache, conv=conv), {}
+    position = positions(state.cache.length, segment_ids, x.shape[1])
+    q, far, k, v = _heads(cfg, qkv, position)
+    sinks = state.sink_k, state.sink_v
+    how = {"segment_ids": segment_ids, "implementation": implementation}
+    if cfg.plain:
+        o, cache = attention(q, k, v, cfg.span, cache, **how)
+    else:
+        part, cache = attention_part(q, k, v, cfg.span, cache, **how)
+        o, *sinks = _with_sinks(params, cfg, state, part, far, k, v, position, implementation)
+    y = dense(merge_heads(o.astype(x.dtype)), params["w_out"])
+    return y, State(cache, conv, *sinks), {}
 
 
 def step(params, cfg, x_t, state):
@@ -162,5 +224,13 @@ def step(params, cfg, x_t, state):
     qkv, conv = dense(x_t, params["w_qkv"]), state.conv
     if cfg.conv:
         qkv, conv = short_conv_step(qkv, params["conv"], conv)
-    o, cache = attention_step(*_heads(cfg, qkv, state.cache.length), state.cache)
-    return dense(merge_heads(o), params["w_out"]), State(cache=cache, conv=conv)
+    position, sinks = state.cache.length, (state.sink_k, state.sink_v)
+    q, far, k, v = _heads(cfg, qkv, position)
+    if cfg.plain:
+        o, cache = attention_step(q, k, v, state.cache)
+    else:
+        part, cache = attention_part_step(q, k, v, state.cache)
+        here = jax.tree.map(lambda a: a[:, None], (part, far, k, v, position))
+        o, *sinks = _with_sinks(params, cfg, state, *here)
+        o = o[:, 0]
+    return dense(merge_heads(o.astype(x_t.dtype)), params["w_out"]), State(cache, conv, *sinks)

@@ -25,17 +25,17 @@ from flax import struct
 from jax import Array
 
 from layers.common import (
+    HeadDims,
     Params,
     conv_init,
     conv_state,
+    convolved,
+    convolved_step,
     dense,
     dt_bias_init,
-    merge_heads,
-    require,
+    gated_output,
     require_head_dims,
-    rms_norm,
-    short_conv,
-    short_conv_step,
+    require_not_negative,
     softplus_decay,
     unit_heads,
     weight,
@@ -45,7 +45,7 @@ from pallas_kernels.dplr import dplr, dplr_step, flops_per_token
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(HeadDims):
     """Raises ValueError for sizes that do not fit together."""
 
     width: int
@@ -57,20 +57,7 @@ class Config:
 
     def __post_init__(self):
         require_head_dims(self)
-        require(self.conv >= 0, f"comba: conv={self.conv} must be >= 0")
-
-    @property
-    def K(self) -> int:
-        return self.key_dim or self.width // self.heads
-
-    @property
-    def V(self) -> int:
-        return self.value_dim or self.width // self.heads
-
-    @property
-    def stream(self) -> int:
-        """Channels of q, k and v together."""
-        return self.heads * (2 * self.K + self.V)
+        require_not_negative(self, "conv")
 
     def state_bytes(self) -> int:
         """`4 (H K V + (conv - 1)(2 H K + H V))`."""
@@ -112,7 +99,7 @@ def init(key: Array, cfg: Config) -> Params:
 def init_state(cfg: Config, batch: int) -> State:
     return State(
         memory=jnp.zeros((batch, cfg.heads, cfg.K, cfg.V)),
-        conv=conv_state(batch, max(cfg.conv, 1), cfg.stream),
+        conv=conv_state(batch, cfg.conv, cfg.stream),
     )
 
 
@@ -127,17 +114,13 @@ def _rule_inputs(params: Params, cfg: Config, x: Array, qkv: Array) -> tuple[Arr
 
 
 def _output(params: Params, x: Array, o: Array) -> Array:
-    """Normalise the read `o [..., H, V]`, gate it by x and project."""
-    y = merge_heads(rms_norm(o, params["norm_scale"])).astype(x.dtype)
-    return dense(y * jax.nn.sigmoid(dense(x, params["w_gate"])), params["w_out"])
+    return gated_output(params, o, jax.nn.sigmoid(dense(x, params["w_gate"])))
 
 
 def apply(params, cfg, x, state=None, *, segment_ids=None, implementation=None):
     """`x [B,T,D] -> (y [B,T,D], State, {})`; see the package docstring for the contract."""
     state = init_state(cfg, x.shape[0]) if state is None else state
-    qkv, conv = dense(x, params["w_qkv"]), state.conv
-    if cfg.conv:
-        qkv, conv = short_conv(qkv, params["conv"], conv, segment_ids=segment_ids)
+    qkv, conv = convolved(params, cfg, dense(x, params["w_qkv"]), state.conv, segment_ids)
     o, memory = dplr(
         *_rule_inputs(params, cfg, x, qkv),
         state.memory,
@@ -149,8 +132,6 @@ def apply(params, cfg, x, state=None, *, segment_ids=None, implementation=None):
 
 def step(params, cfg, x_t, state):
     """One token: `x_t [B,D] -> (y_t [B,D], State)`."""
-    qkv, conv = dense(x_t, params["w_qkv"]), state.conv
-    if cfg.conv:
-        qkv, conv = short_conv_step(qkv, params["conv"], conv)
+    qkv, conv = convolved_step(params, cfg, dense(x_t, params["w_qkv"]), state.conv)
     o, memory = dplr_step(*_rule_inputs(params, cfg, x_t, qkv), state.memory)
     return _output(params, x_t, o), State(memory=memory, conv=conv)

@@ -1,5 +1,8 @@
 """Parts that several layers share: projections, norms, short convolutions, rotary positions, checks."""
 
+import math
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,6 +26,20 @@ def require_positive(cfg: object, *names: str) -> None:
         value = getattr(cfg, name)
         ok = isinstance(value, int) and not isinstance(value, bool) and value >= 1
         require(ok, f"{_layer(cfg)}: {name}={value!r} must be an integer >= 1")
+
+
+def require_not_negative(cfg: object, *names: str) -> None:
+    """Every named field of `cfg` is at least 0."""
+    for name in names:
+        value = getattr(cfg, name)
+        require(value >= 0, f"{_layer(cfg)}: {name}={value} must be >= 0")
+
+
+def require_above_zero(cfg: object, *names: str) -> None:
+    """Every named field of `cfg` is a number > 0."""
+    for name in names:
+        value = getattr(cfg, name)
+        require(value > 0, f"{_layer(cfg)}: {name}={value} must be > 0")
 
 
 def require_divides(cfg: object, divisor: str, dividend: str) -> None:
@@ -57,6 +74,11 @@ def dense_heads(x: Array, w: Array, heads: int) -> Array:
     return y.reshape(*y.shape[:-1], heads, -1)
 
 
+def low_rank(params: Params, name: str, x: Array, activation=lambda x: x) -> Array:
+    """`activation(x @ w_down) @ w_up`, the matrices being `params["w_{name}_down"]` and `..._up`."""
+    return dense(activation(dense(x, params[f"w_{name}_down"])), params[f"w_{name}_up"])
+
+
 def merge_heads(x: Array) -> Array:
     """`[..., H, V] -> [..., H*V]`."""
     return x.reshape(*x.shape[:-2], -1)
@@ -86,8 +108,32 @@ def conv_init(key: Array, taps: int, channels: int) -> Array:
 
 
 def conv_state(batch: int, taps: int, channels: int) -> Array:
-    """The empty window of a short convolution: `[B, taps-1, channels]`."""
-    return jnp.zeros((batch, taps - 1, channels))
+    """The empty window of a short convolution: `[B, taps-1, channels]`, of length 0 for no taps."""
+    return jnp.zeros((batch, max(taps - 1, 0), channels))
+
+
+def convolved(
+    params: Params,
+    cfg: Any,
+    x: Array,
+    window: Array,
+    segment_ids: Array | None = None,
+    name: str = "conv",
+) -> tuple[Array, Array]:
+    """`x [B,T,D]` through the short convolution `params[name]`, and the window that it leaves behind.
+
+    Where `cfg.conv` is 0 there is none, and both stay as they are.
+    """
+    if cfg.conv:
+        return short_conv(x, params[name], window, segment_ids=segment_ids)
+    return x, window
+
+
+def convolved_step(
+    params: Params, cfg: Any, x_t: Array, window: Array, name: str = "conv"
+) -> tuple[Array, Array]:
+    """One token of `convolved`."""
+    return short_conv_step(x_t, params[name], window) if cfg.conv else (x_t, window)
 
 
 def log_uniform(key: Array, shape: tuple[int, ...], low: float, high: float) -> Array:
@@ -166,11 +212,13 @@ def rotate(x: Array, angle: Array) -> Array:
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, y[..., 2 * pairs :]], -1).astype(x.dtype)
 
 
-def rotary(x: Array, position: Array, base: float = 10000.0) -> Array:
-    """Rotate the pairs (i, i + D/2) of the last axis by `position * base^(-2i/D)`.
+def rotary(x: Array, position: Array, base: float | None = 10000.0) -> Array:
+    """Rotate the pairs (i, i + D/2) of the last axis by `position * base^(-2i/D)`; not at all for base None.
 
     `x [..., H, D]`, `position [...]`. Su et al. 2021 (arXiv 2104.09864), half-split layout.
     """
+    if base is None:
+        return x
     half = x.shape[-1] // 2
     frequency = base ** (-jnp.arange(half, dtype=wide(x).dtype) / half)
     return rotate(x, position[..., None, None] * frequency)
@@ -186,6 +234,59 @@ def require_head_dims(cfg: object) -> None:
             require_positive(cfg, name)
 
 
+class HeadDims:
+    """Widths of keys and values per head of a Config with these fields: width / heads unless given."""
+
+    width: int
+    heads: int
+    key_dim: int | None
+    value_dim: int | None
+
+    @property
+    def K(self) -> int:
+        return self.key_dim or self.width // self.heads
+
+    @property
+    def V(self) -> int:
+        return self.value_dim or self.width // self.heads
+
+    @property
+    def stream(self) -> int:
+        """Channels of q, k and v together."""
+        return self.heads * (2 * self.K + self.V)
+
+
+class ExpandedHeads:
+    """Heads of a Config with these fields: E = expand * width channels in heads of width P."""
+
+    width: int
+    expand: int
+    head_dim: int | None
+
+    @property
+    def channels(self) -> int:
+        """E."""
+        return self.expand * self.width
+
+    @property
+    def P(self) -> int:
+        """By default the largest power of two up to 64 that divides E."""
+        return math.gcd(64, self.channels) if self.head_dim is None else self.head_dim
+
+    @property
+    def heads(self) -> int:
+        return self.channels // self.P
+
+
+def require_expanded_heads(cfg: ExpandedHeads) -> None:
+    """`width` and `expand` are positive; `head_dim` divides their product."""
+    require_positive(cfg, "width", "expand")
+    require(
+        cfg.P >= 1 and cfg.channels % cfg.P == 0,
+        f"{_layer(cfg)}: head_dim={cfg.head_dim} does not divide expand * width = {cfg.channels}",
+    )
+
+
 def split_heads(x: Array, heads: int) -> Array:
     """`[..., H*V] -> [..., H, V]`."""
     return x.reshape(*x.shape[:-1], heads, -1)
@@ -199,6 +300,18 @@ def unit_heads(qkv: Array, heads: int, key_dim: int) -> tuple[Array, Array, Arra
     q, k, v = jnp.split(jax.nn.silu(qkv), [heads * key_dim, 2 * heads * key_dim], -1)
     q, k = (l2_norm(wide(split_heads(x, heads))) for x in (q, k))
     return q, k, split_heads(v, heads)
+
+
+def unit_thirds(qkv: Array, heads: int) -> tuple[Array, Array, Array]:
+    """SiLU, then `[..., 3HD]` as q, k and v, `[..., H, D]`, q and k of length 1, in qkv's dtype."""
+    q, k, v = (split_heads(x, heads) for x in jnp.split(jax.nn.silu(qkv), 3, -1))
+    return l2_norm(q), l2_norm(k), v
+
+
+def gated_output(params: Params, o: Array, gate: Array) -> Array:
+    """`W_out( RMSNorm_head(o) * gate )` for a read `o [..., H, V]` and `gate [..., H V]`, in gate's dtype."""
+    o = merge_heads(rms_norm(o, params["norm_scale"])).astype(gate.dtype)
+    return dense(o * gate, params["w_out"])
 
 
 def softplus_decay(logits: Array, A_log: Array, dt_bias: Array) -> Array:
@@ -254,11 +367,25 @@ def memory_gates_init(key: Array, width: int, heads: int, momentum: bool = True)
     return params
 
 
+def require_sets(cfg: object) -> None:
+    """`sets`, how many parameter sets the channels share, is None (one each) or divides `width`."""
+    if getattr(cfg, "sets", None) is not None:
+        require_positive(cfg, "sets")
+        require_divides(cfg, "sets", "width")
+
+
+def per_channel(x: Array, width: int) -> Array:
+    """`[..., S, N] -> [..., D, N]`: channel d gets row d mod S."""
+    return x if x.shape[-2] == width else jnp.tile(x, (width // x.shape[-2], 1))
+
+
 __all__ = [
-    "Params", "block_dense", "block_weight", "conv_init", "conv_state", "dense", "dense_heads",
-    "dense_to_complex", "dense_to_real", "dt_bias_init", "hippo_legs", "l2_norm", "layer_norm", "log_uniform",
-    "memory_gates", "memory_gates_init", "merge_heads", "orthogonal_gates", "positive", "require",
-    "require_choice", "require_divides", "require_head_dims", "require_positive", "rms_norm", "rotary",
+    "ExpandedHeads", "HeadDims", "Params", "block_dense", "block_weight", "conv_init", "conv_state",
+    "convolved", "convolved_step", "dense", "dense_heads", "dense_to_complex", "dense_to_real",
+    "dt_bias_init", "gated_output", "hippo_legs", "l2_norm", "layer_norm", "log_uniform", "low_rank",
+    "memory_gates", "memory_gates_init", "merge_heads", "orthogonal_gates", "per_channel", "positive",
+    "require", "require_above_zero", "require_choice", "require_divides", "require_expanded_heads",
+    "require_head_dims", "require_not_negative", "require_positive", "require_sets", "rms_norm", "rotary",
     "rotate", "short_conv", "short_conv_step", "softplus_decay", "split_heads", "state_space_output",
-    "token_shift", "unit_heads", "weight", "wide",
+    "token_shift", "unit_heads", "unit_thirds", "weight", "wide",
 ]  # fmt: skip

@@ -25,19 +25,19 @@ from flax import struct
 from jax import Array
 
 from layers.common import (
+    HeadDims,
     Params,
     conv_init,
     conv_state,
+    convolved,
+    convolved_step,
     dense,
     dt_bias_init,
+    gated_output,
     l2_norm,
-    merge_heads,
-    require,
     require_head_dims,
+    require_not_negative,
     require_positive,
-    rms_norm,
-    short_conv,
-    short_conv_step,
     softplus_decay,
     weight,
     wide,
@@ -46,7 +46,7 @@ from pallas_kernels.gated_delta_rule import flops_per_token, gated_delta_rule, g
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(HeadDims):
     """Raises ValueError for sizes that do not fit together or fewer than one step."""
 
     width: int
@@ -61,29 +61,25 @@ class Config:
     def __post_init__(self):
         require_head_dims(self)
         require_positive(self, "steps")
-        require(self.conv >= 0, f"gated_delta_product: conv={self.conv} must be >= 0")
-
-    @property
-    def K(self) -> int:
-        return self.key_dim or self.width // self.heads
-
-    @property
-    def V(self) -> int:
-        return self.value_dim or self.width // self.heads
+        require_not_negative(self, "conv")
 
     @property
     def streams(self) -> tuple[int, int, int]:
         """Channels of q, and of all keys and all values of a token."""
         return self.heads * self.K, self.steps * self.heads * self.K, self.steps * self.heads * self.V
 
+    @property
+    def stream(self) -> int:
+        return sum(self.streams)
+
     def state_bytes(self) -> int:
         """`4 (H K V + (conv - 1) H (K + n (K + V)))`."""
-        return 4 * (self.heads * self.K * self.V + max(self.conv - 1, 0) * sum(self.streams))
+        return 4 * (self.heads * self.K * self.V + max(self.conv - 1, 0) * self.stream)
 
     def flops_per_token(self, length: int) -> int:
-        columns = sum(self.streams) + self.heads * (self.steps + self.decay + 2 * self.V)
+        columns = self.stream + self.heads * (self.steps + self.decay + 2 * self.V)
         step = flops_per_token(self.steps * length, self.heads, self.K, self.V, channels=False)
-        return 2 * (self.width * columns + self.conv * sum(self.streams)) + self.steps * step
+        return 2 * (self.width * columns + self.conv * self.stream) + self.steps * step
 
 
 @struct.dataclass
@@ -96,14 +92,14 @@ def init(key: Array, cfg: Config) -> Params:
     """Projections with unit-variance outputs; exp(A_log) in (0.01, 16), softplus(dt_bias) in (0.001, 0.1)."""
     keys = iter(jax.random.split(key, 8))
     params = {
-        "w_qkv": weight(next(keys), cfg.width, sum(cfg.streams)),
+        "w_qkv": weight(next(keys), cfg.width, cfg.stream),
         "w_beta": weight(next(keys), cfg.width, cfg.steps * cfg.heads),
         "w_gate": weight(next(keys), cfg.width, cfg.heads * cfg.V),
         "norm_scale": jnp.ones(cfg.V),
         "w_out": weight(next(keys), cfg.heads * cfg.V, cfg.width),
     }
     if cfg.conv:
-        params["conv"] = conv_init(next(keys), cfg.conv, sum(cfg.streams))
+        params["conv"] = conv_init(next(keys), cfg.conv, cfg.stream)
     if cfg.decay:
         params["w_decay"] = weight(next(keys), cfg.width, cfg.heads)
         params["A_log"] = jnp.log(jax.random.uniform(next(keys), (cfg.heads,), minval=0.01, maxval=16.0))
@@ -114,7 +110,7 @@ def init(key: Array, cfg: Config) -> Params:
 def init_state(cfg: Config, batch: int) -> State:
     return State(
         memory=jnp.zeros((batch, cfg.heads, cfg.K, cfg.V)),
-        conv=conv_state(batch, max(cfg.conv, 1), sum(cfg.streams)),
+        conv=conv_state(batch, cfg.conv, cfg.stream),
     )
 
 
@@ -136,17 +132,13 @@ def _rule_inputs(params: Params, cfg: Config, x: Array, qkv: Array) -> tuple[Arr
 
 
 def _output(params: Params, x: Array, o: Array) -> Array:
-    """Normalise the read `o [..., H, V]`, gate it by x and project."""
-    y = merge_heads(rms_norm(o, params["norm_scale"])).astype(x.dtype)
-    return dense(y * jax.nn.silu(dense(x, params["w_gate"])), params["w_out"])
+    return gated_output(params, o, jax.nn.silu(dense(x, params["w_gate"])))
 
 
 def apply(params, cfg, x, state=None, *, segment_ids=None, implementation=None):
     """`x [B,T,D] -> (y [B,T,D], State, {})`; see the package docstring for the contract."""
     state = init_state(cfg, x.shape[0]) if state is None else state
-    qkv, conv = dense(x, params["w_qkv"]), state.conv
-    if cfg.conv:
-        qkv, conv = short_conv(qkv, params["conv"], conv, segment_ids=segment_ids)
+    qkv, conv = convolved(params, cfg, dense(x, params["w_qkv"]), state.conv, segment_ids)
     inputs = [a.reshape(a.shape[0], -1, *a.shape[3:]) for a in _rule_inputs(params, cfg, x, qkv)]
     o, memory = gated_delta_rule(
         *inputs,
@@ -159,10 +151,8 @@ def apply(params, cfg, x, state=None, *, segment_ids=None, implementation=None):
 
 def step(params, cfg, x_t, state):
     """One token: `x_t [B,D] -> (y_t [B,D], State)`."""
-    qkv, conv, memory = dense(x_t, params["w_qkv"]), state.conv, state.memory
-    if cfg.conv:
-        qkv, conv = short_conv_step(qkv, params["conv"], conv)
-    inputs = _rule_inputs(params, cfg, x_t, qkv)
+    qkv, conv = convolved_step(params, cfg, dense(x_t, params["w_qkv"]), state.conv)
+    inputs, memory = _rule_inputs(params, cfg, x_t, qkv), state.memory
     for j in range(cfg.steps):
         o, memory = gated_delta_rule_step(*(a[:, j] for a in inputs), memory)
     return _output(params, x_t, o), State(memory=memory, conv=conv)

@@ -36,21 +36,26 @@ from flax import struct
 from jax import Array
 
 from layers.common import (
+    HeadDims,
     Params,
     conv_init,
     conv_state,
+    convolved,
+    convolved_step,
     dense,
+    low_rank,
     merge_heads,
     require,
     require_choice,
     require_divides,
+    require_not_negative,
     require_positive,
     rms_norm,
-    short_conv,
-    short_conv_step,
+    split_heads,
     weight,
     wide,
 )
+from pallas_kernels.feature_maps import FEATURE_MAPS
 from pallas_kernels.gated_linear_attention import (
     flops_per_token,
     gated_linear_attention,
@@ -60,36 +65,8 @@ from pallas_kernels.gated_linear_attention import (
 DECAYS = ("channel", "head", "constant", "none")
 
 
-def _dpfp(x: Array) -> Array:
-    x = jax.nn.relu(jnp.concatenate([x, -x], -1))
-    return x * jnp.roll(x, 1, -1)
-
-
-def _hadamard(x: Array) -> Array:
-    a, b = jnp.split(x, 2, -1)
-    return a * b
-
-
-# Of x [..., H, K] after the weights of the map, if it has any.
-FEATURE_MAPS = {
-    "identity": lambda x: x,
-    "elu+1": lambda x: jax.nn.elu(x) + 1,
-    "relu": jax.nn.relu,
-    "relu^2": lambda x: jnp.square(jax.nn.relu(x)),
-    "silu": jax.nn.silu,
-    "t2r": jax.nn.relu,
-    "hedgehog": lambda x: jax.nn.softmax(jnp.concatenate([x, -x], -1)),
-    "dpfp": _dpfp,
-    "hadamard": _hadamard,
-}
-NON_NEGATIVE = ("elu+1", "relu", "relu^2", "t2r", "hedgehog", "dpfp")
-# Columns of a map's weights over K, and features over K where they are not the same.
-WEIGHT_COLUMNS = {"t2r": 1, "hedgehog": 1, "hadamard": 2}
-FEATURES = {"hedgehog": 2, "dpfp": 2}
-
-
 @dataclass(frozen=True)
-class Config:
+class Config(HeadDims):
     """Raises ValueError for sizes that do not fit together or an unknown decay or feature map."""
 
     width: int
@@ -111,13 +88,14 @@ class Config:
         require(
             self.gate_temperature > 0, f"gated_linear_attention: gate_temperature={self.gate_temperature}"
         )
-        require(self.conv >= 0, f"gated_linear_attention: conv={self.conv} must be >= 0")
+        require_not_negative(self, "conv")
         require_choice(self, "decay", DECAYS)
         require_choice(self, "feature_map", tuple(FEATURE_MAPS))
+        non_negative = [name for name, phi in FEATURE_MAPS.items() if phi.non_negative]
         require(
-            not self.normalize or self.feature_map in NON_NEGATIVE,
+            not self.normalize or self.feature_map in non_negative,
             f"gated_linear_attention: normalize needs a feature map that is never negative "
-            f"({', '.join(NON_NEGATIVE)}), not {self.feature_map!r}",
+            f"({', '.join(non_negative)}), not {self.feature_map!r}",
         )
 
     @property
@@ -125,40 +103,31 @@ class Config:
         return self.key_dim or max(self.width // (2 * self.heads), 1)
 
     @property
-    def V(self) -> int:
-        return self.value_dim or self.width // self.heads
-
-    @property
     def F(self) -> int:
         """Features of a key: rows of the memory."""
-        return FEATURES.get(self.feature_map, 1) * self.K
+        return FEATURE_MAPS[self.feature_map].features * self.K
 
     @property
     def feature_columns(self) -> int:
         """Columns of the feature map's weights per head; 0 for none."""
-        return WEIGHT_COLUMNS.get(self.feature_map, 0) * self.K
-
-    @property
-    def streams(self) -> tuple[int, int, int]:
-        """Channels of q, k and v."""
-        return self.heads * self.K, self.heads * self.K, self.heads * self.V
+        return FEATURE_MAPS[self.feature_map].columns * self.K
 
     def state_bytes(self) -> int:
         """`4 (H F V + (conv - 1)(2 H K + H V))`, and H F more with the normaliser."""
         memory = self.heads * self.F * (self.V + self.normalize)
-        return 4 * (memory + max(self.conv - 1, 0) * sum(self.streams))
+        return 4 * (memory + max(self.conv - 1, 0) * self.stream)
 
     def flops_per_token(self, length: int) -> int:
         gate = {
             "channel": self.gate_rank * (self.width + self.heads * self.F),
             "head": self.width * self.heads,
         }
-        projections = self.width * (sum(self.streams) + 2 * self.streams[2]) + gate.get(self.decay, 0)
+        projections = self.width * (self.stream + 2 * self.heads * self.V) + gate.get(self.decay, 0)
         projections += 2 * self.heads * self.K * self.feature_columns
         mix = flops_per_token(
             length, self.heads, self.F, self.V + self.normalize, channels=self.decay == "channel"
         )
-        return 2 * (projections + self.conv * sum(self.streams)) + mix
+        return 2 * (projections + self.conv * self.stream) + mix
 
 
 @struct.dataclass
@@ -171,14 +140,14 @@ def init(key: Array, cfg: Config) -> Params:
     """Projections with unit-variance outputs; decay biases 0 (alpha = 2^(-1/tau) at the start)."""
     keys = iter(jax.random.split(key, 10))
     params = {
-        "w_qkv": weight(next(keys), cfg.width, sum(cfg.streams)),
-        "w_gate": weight(next(keys), cfg.width, cfg.streams[2]),
-        "w_out": weight(next(keys), cfg.streams[2], cfg.width),
+        "w_qkv": weight(next(keys), cfg.width, cfg.stream),
+        "w_gate": weight(next(keys), cfg.width, cfg.heads * cfg.V),
+        "w_out": weight(next(keys), cfg.heads * cfg.V, cfg.width),
     }
     if not cfg.normalize:
         params["norm_scale"] = jnp.ones(cfg.V)
     if cfg.conv:
-        params["conv"] = conv_init(next(keys), cfg.conv, sum(cfg.streams))
+        params["conv"] = conv_init(next(keys), cfg.conv, cfg.stream)
     if cfg.decay == "channel":
         params["w_decay_down"] = weight(next(keys), cfg.width, cfg.gate_rank)
         params["w_decay_up"] = weight(next(keys), cfg.gate_rank, cfg.heads * cfg.F)
@@ -204,7 +173,7 @@ def _feature_weight(key: Array, cfg: Config) -> Array:
 def init_state(cfg: Config, batch: int) -> State:
     return State(
         memory=jnp.zeros((batch, cfg.heads, cfg.F, cfg.V + cfg.normalize)),
-        conv=conv_state(batch, max(cfg.conv, 1), sum(cfg.streams)),
+        conv=conv_state(batch, cfg.conv, cfg.stream),
     )
 
 
@@ -217,7 +186,7 @@ def _log_decay(params: Params, cfg: Config, x: Array) -> Array | None:
     if cfg.decay == "head":
         logits = wide(dense(x, params["w_decay"])) + params["decay_bias"]
         return jax.nn.log_sigmoid(logits) / cfg.gate_temperature
-    logits = wide(dense(dense(x, params["w_decay_down"]), params["w_decay_up"])) + params["decay_bias"]
+    logits = wide(low_rank(params, "decay", x)) + params["decay_bias"]
     return (jax.nn.log_sigmoid(logits) / cfg.gate_temperature).reshape(*x.shape[:-1], cfg.heads, cfg.F)
 
 
@@ -227,15 +196,15 @@ def _features(params: Params, cfg: Config, x: Array, name: str) -> Array:
         x = jnp.einsum("...hk,hkf->...hf", x, params[f"w_feature_{name}"].astype(x.dtype))
     if cfg.feature_map == "t2r":
         x = x + params[f"feature_bias_{name}"].astype(x.dtype)
-    return FEATURE_MAPS[cfg.feature_map](x)
+    return FEATURE_MAPS[cfg.feature_map].function(x)
 
 
 def _heads(params: Params, cfg: Config, qkv: Array) -> tuple[Array, Array, Array]:
     """Split `[..., 2HK + HV]` into q (scaled), k and v, `[..., H, F or V]`, after the feature map."""
     if cfg.conv:
         qkv = jax.nn.silu(qkv)
-    parts = jnp.split(qkv, [cfg.streams[0], 2 * cfg.streams[0]], -1)
-    q, k, v = (p.reshape(*p.shape[:-1], cfg.heads, -1) for p in parts)
+    parts = jnp.split(qkv, [cfg.heads * cfg.K, 2 * cfg.heads * cfg.K], -1)
+    q, k, v = (split_heads(p, cfg.heads) for p in parts)
     if cfg.normalize:
         # A column of ones in v makes the last column of the memory the normaliser.
         v = jnp.concatenate([v, jnp.ones_like(v[..., :1])], -1)
@@ -254,9 +223,7 @@ def _output(params: Params, cfg: Config, x: Array, o: Array) -> Array:
 def apply(params, cfg, x, state=None, *, segment_ids=None, implementation=None):
     """`x [B,T,D] -> (y [B,T,D], State, {})`; see the package docstring for the contract."""
     state = init_state(cfg, x.shape[0]) if state is None else state
-    qkv, conv = dense(x, params["w_qkv"]), state.conv
-    if cfg.conv:
-        qkv, conv = short_conv(qkv, params["conv"], conv, segment_ids=segment_ids)
+    qkv, conv = convolved(params, cfg, dense(x, params["w_qkv"]), state.conv, segment_ids)
     o, memory = gated_linear_attention(
         *_heads(params, cfg, qkv),
         _log_decay(params, cfg, x),
@@ -269,9 +236,7 @@ def apply(params, cfg, x, state=None, *, segment_ids=None, implementation=None):
 
 def step(params, cfg, x_t, state):
     """One token: `x_t [B,D] -> (y_t [B,D], State)`."""
-    qkv, conv = dense(x_t, params["w_qkv"]), state.conv
-    if cfg.conv:
-        qkv, conv = short_conv_step(qkv, params["conv"], conv)
+    qkv, conv = convolved_step(params, cfg, dense(x_t, params["w_qkv"]), state.conv)
     o, memory = gated_linear_attention_step(
         *_heads(params, cfg, qkv), _log_decay(params, cfg, x_t), state.memory
     )

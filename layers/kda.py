@@ -26,18 +26,20 @@ from flax import struct
 from jax import Array
 
 from layers.common import (
+    HeadDims,
     Params,
     conv_init,
     conv_state,
+    convolved,
+    convolved_step,
     dense,
     dt_bias_init,
-    merge_heads,
+    gated_output,
+    low_rank,
     require,
     require_head_dims,
+    require_not_negative,
     require_positive,
-    rms_norm,
-    short_conv,
-    short_conv_step,
     softplus_decay,
     split_heads,
     unit_heads,
@@ -48,7 +50,7 @@ from pallas_kernels.gated_delta_rule import flops_per_token, gated_delta_rule, g
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(HeadDims):
     """Raises ValueError for sizes that do not fit together or a bound that is not positive."""
 
     width: int
@@ -64,24 +66,11 @@ class Config:
         if self.rank is not None:
             require_positive(self, "rank")
         require(self.bound is None or self.bound > 0, f"kda: bound={self.bound} must be > 0 or None")
-        require(self.conv >= 0, f"kda: conv={self.conv} must be >= 0")
-
-    @property
-    def K(self) -> int:
-        return self.key_dim or self.width // self.heads
-
-    @property
-    def V(self) -> int:
-        return self.value_dim or self.width // self.heads
+        require_not_negative(self, "conv")
 
     @property
     def R(self) -> int:
         return self.rank or self.V
-
-    @property
-    def stream(self) -> int:
-        """Channels of q, k and v together."""
-        return self.heads * (2 * self.K + self.V)
 
     def state_bytes(self) -> int:
         """`4 (H K V + (conv - 1)(2 H K + H V))`."""
@@ -126,13 +115,13 @@ def init(key: Array, cfg: Config) -> Params:
 def init_state(cfg: Config, batch: int) -> State:
     return State(
         memory=jnp.zeros((batch, cfg.heads, cfg.K, cfg.V)),
-        conv=conv_state(batch, max(cfg.conv, 1), cfg.stream),
+        conv=conv_state(batch, cfg.conv, cfg.stream),
     )
 
 
 def _log_decay(params: Params, cfg: Config, x: Array) -> Array:
     """`[..., H, K]`, <= 0."""
-    logits = split_heads(dense(dense(x, params["w_decay_down"]), params["w_decay_up"]), cfg.heads)
+    logits = split_heads(low_rank(params, "decay", x), cfg.heads)
     if cfg.bound is None:
         return softplus_decay(logits, params["A_log"], params["dt_bias"])
     return -cfg.bound * jax.nn.sigmoid(jnp.exp(wide(params["A_log"])) * (wide(logits) + params["dt_bias"]))
@@ -146,18 +135,14 @@ def _rule_inputs(params: Params, cfg: Config, x: Array, qkv: Array) -> tuple[Arr
 
 
 def _output(params: Params, x: Array, o: Array) -> Array:
-    """Normalise the read `o [..., H, V]`, gate it by x and project."""
-    logits = dense(dense(x, params["w_gate_down"]), params["w_gate_up"])
-    gate = jax.nn.sigmoid(logits + params["gate_bias"].astype(x.dtype))
-    return dense(merge_heads(rms_norm(o, params["norm_scale"])).astype(x.dtype) * gate, params["w_out"])
+    logits = low_rank(params, "gate", x) + params["gate_bias"].astype(x.dtype)
+    return gated_output(params, o, jax.nn.sigmoid(logits))
 
 
 def apply(params, cfg, x, state=None, *, segment_ids=None, implementation=None):
     """`x [B,T,D] -> (y [B,T,D], State, {})`; see the package docstring for the contract."""
     state = init_state(cfg, x.shape[0]) if state is None else state
-    qkv, conv = dense(x, params["w_qkv"]), state.conv
-    if cfg.conv:
-        qkv, conv = short_conv(qkv, params["conv"], conv, segment_ids=segment_ids)
+    qkv, conv = convolved(params, cfg, dense(x, params["w_qkv"]), state.conv, segment_ids)
     o, memory = gated_delta_rule(
         *_rule_inputs(params, cfg, x, qkv),
         state.memory,
@@ -169,8 +154,6 @@ def apply(params, cfg, x, state=None, *, segment_ids=None, implementation=None):
 
 def step(params, cfg, x_t, state):
     """One token: `x_t [B,D] -> (y_t [B,D], State)`."""
-    qkv, conv = dense(x_t, params["w_qkv"]), state.conv
-    if cfg.conv:
-        qkv, conv = short_conv_step(qkv, params["conv"], conv)
+    qkv, conv = convolved_step(params, cfg, dense(x_t, params["w_qkv"]), state.conv)
     o, memory = gated_delta_rule_step(*_rule_inputs(params, cfg, x_t, qkv), state.memory)
     return _output(params, x_t, o), State(memory=memory, conv=conv)

@@ -31,13 +31,13 @@ from jax import Array
 from layers.common import (
     Params,
     dense,
-    l2_norm,
     merge_heads,
-    require,
+    require_above_zero,
     require_divides,
     require_positive,
     rms_norm,
     split_heads,
+    unit_thirds,
     weight,
     wide,
 )
@@ -69,7 +69,7 @@ class Config:
     def __post_init__(self):
         require_positive(self, "width", "heads", "expand", "chunk")
         require_divides(self, "heads", "width")
-        require(self.step_size > 0, f"lact: step_size={self.step_size} must be > 0")
+        require_above_zero(self, "step_size")
 
     @property
     def D(self) -> int:
@@ -132,13 +132,12 @@ def init_state(cfg: Config, batch: int) -> State:
 def _arguments(params: Params, cfg: Config, x: Array) -> tuple:
     """Initial weights, q, k, v `[..., H, D]`, rates `[..., H, 3]` and momentum `[..., H]` or None."""
     initial = (params["memory_gate"], params["memory_up"], params["memory_down"])
-    qkv = jax.nn.silu(dense(x, params["w_qkv"]))
-    q, k, v = (split_heads(y, cfg.heads) for y in jnp.split(qkv, 3, -1))
+    qkv = unit_thirds(dense(x, params["w_qkv"]), cfg.heads)
     rate = jax.nn.softplus(wide(dense(x, params["w_rate"])) + params["rate_bias"])
     momentum = None
     if cfg.momentum:
         momentum = jax.nn.sigmoid(wide(dense(x, params["w_momentum"])) + params["momentum_bias"])
-    return initial, l2_norm(q), l2_norm(k), v, split_heads(rate, cfg.heads), momentum
+    return initial, *qkv, split_heads(rate, cfg.heads), momentum
 
 
 def _output(params: Params, x: Array, o: Array) -> Array:

@@ -26,6 +26,7 @@ from layers.common import (
     merge_heads,
     require,
     require_divides,
+    require_not_negative,
     require_positive,
     rms_norm,
     weight,
@@ -51,7 +52,7 @@ class Config:
         if self.head_dim is None:
             require_divides(self, "heads", "width")
         require(self.K >= 1, f"lightning_attention: head_dim={self.head_dim} must be >= 1")
-        require(self.slope >= 0, f"lightning_attention: slope={self.slope} must be >= 0")
+        require_not_negative(self, "slope")
 
     @property
     def K(self) -> int:

@@ -28,16 +28,16 @@ from flax import struct
 from jax import Array
 
 from layers.common import (
+    HeadDims,
     Params,
     conv_init,
     conv_state,
     dense,
     dt_bias_init,
-    merge_heads,
+    gated_output,
     require,
     require_head_dims,
     require_positive,
-    rms_norm,
     short_conv,
     short_conv_step,
     split_heads,
@@ -54,7 +54,7 @@ from pallas_kernels.gated_linear_attention import (
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(HeadDims):
     """Raises ValueError for sizes that do not fit together."""
 
     width: int
@@ -72,22 +72,9 @@ class Config:
         )
 
     @property
-    def K(self) -> int:
-        return self.width // self.heads if self.key_dim is None else self.key_dim
-
-    @property
-    def V(self) -> int:
-        return self.width // self.heads if self.value_dim is None else self.value_dim
-
-    @property
     def levels(self) -> int:
         """Levels with a state: 1 .. levels. Level 0 is the token itself."""
         return (self.max_length - 1).bit_length()
-
-    @property
-    def stream(self) -> int:
-        """Channels of q, k and v together."""
-        return self.heads * (2 * self.K + self.V)
 
     def state_bytes(self) -> int:
         """`4 (ceil(log2(max_length)) H K V + (conv - 1)(2 H K + H V) + 1)`: the last is the position."""
@@ -163,8 +150,7 @@ def _own(q: Array, k: Array, v: Array, weights: Array) -> Array:
 
 
 def _output(params: Params, x: Array, o: Array) -> Array:
-    o = merge_heads(rms_norm(o, params["norm_scale"])).astype(x.dtype)
-    return dense(o * jax.nn.silu(dense(x, params["w_gate"])), params["w_out"])
+    return gated_output(params, o, jax.nn.silu(dense(x, params["w_gate"])))
 
 
 def apply(params, cfg, x, state=None, *, segment_ids=None, implementation=None):

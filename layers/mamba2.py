@@ -17,7 +17,6 @@ A starts uniform in -[1, 16], softplus(b_dt) log-uniform in [1e-3, 1e-1], D = 1 
 and norm, and the norm by groups, are those of the published models.
 """
 
-import math
 from dataclasses import dataclass
 
 import jax
@@ -26,6 +25,7 @@ from flax import struct
 from jax import Array
 
 from layers.common import (
+    ExpandedHeads,
     Params,
     conv_init,
     conv_state,
@@ -33,6 +33,7 @@ from layers.common import (
     dt_bias_init,
     merge_heads,
     require,
+    require_expanded_heads,
     require_positive,
     rms_norm,
     short_conv,
@@ -48,7 +49,7 @@ from pallas_kernels.gated_linear_attention import (
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(ExpandedHeads):
     """Raises ValueError for sizes below 1 or that do not divide each other."""
 
     width: int
@@ -59,28 +60,12 @@ class Config:
     conv: int = 4  # taps of the short convolution
 
     def __post_init__(self):
-        require_positive(self, "width", "expand", "state_dim", "groups", "conv")
-        require(
-            self.P >= 1 and self.channels % self.P == 0,
-            f"mamba2: head_dim={self.head_dim} does not divide expand * width = {self.channels}",
-        )
+        require_expanded_heads(self)
+        require_positive(self, "state_dim", "groups", "conv")
         require(
             self.heads % self.groups == 0,
             f"mamba2: groups={self.groups} does not divide the {self.heads} heads",
         )
-
-    @property
-    def channels(self) -> int:
-        """E."""
-        return self.expand * self.width
-
-    @property
-    def P(self) -> int:
-        return math.gcd(64, self.channels) if self.head_dim is None else self.head_dim
-
-    @property
-    def heads(self) -> int:
-        return self.channels // self.P
 
     @property
     def stream(self) -> int:

@@ -27,7 +27,6 @@ biases of B and C (1 at the start), the share of rotated states (N/2) and the ab
 are those of the published layer. Reading: D acts on v_r. Pairs are (i, i + N/4).
 """
 
-import math
 from dataclasses import dataclass
 
 import jax
@@ -36,11 +35,13 @@ from flax import struct
 from jax import Array
 
 from layers.common import (
+    ExpandedHeads,
     Params,
     dense,
     dt_bias_init,
     merge_heads,
     require,
+    require_expanded_heads,
     require_positive,
     rms_norm,
     rotate,
@@ -54,7 +55,7 @@ from pallas_kernels.gated_linear_attention import flops_per_token, gated_linear_
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(ExpandedHeads):
     """Raises ValueError for sizes below 1 or that do not fit together."""
 
     width: int
@@ -65,28 +66,12 @@ class Config:
     rank: int = 1  # R
 
     def __post_init__(self):
-        require_positive(self, "width", "expand", "state_dim", "rank")
-        require(
-            self.P >= 1 and self.channels % self.P == 0,
-            f"mamba3: head_dim={self.head_dim} does not divide expand * width = {self.channels}",
-        )
+        require_expanded_heads(self)
+        require_positive(self, "state_dim", "rank")
         require(
             0 <= self.angles <= self.state_dim // 2,
             f"mamba3: pairs={self.pairs} must be in 0..{self.state_dim // 2} for state_dim={self.state_dim}",
         )
-
-    @property
-    def channels(self) -> int:
-        """E."""
-        return self.expand * self.width
-
-    @property
-    def P(self) -> int:
-        return math.gcd(64, self.channels) if self.head_dim is None else self.head_dim
-
-    @property
-    def heads(self) -> int:
-        return self.channels // self.P
 
     @property
     def angles(self) -> int:
@@ -222,19 +207,14 @@ def _read_before_write(q, k, v, log_decay, state, segment_ids, implementation) -
     of them; what the later ones would add is added directly.
     """
     batch, length, ranks = q.shape[:3]
-
-    def in_time(x):
-        return x.reshape(batch, length * ranks, *x.shape[3:])
-
     ahead = jnp.concatenate([q[:, 1:], jnp.zeros_like(q[:, :1])], 1)
+    decay = jnp.pad(log_decay[:, :, None], ((0, 0), (0, 0), (0, ranks - 1), (0, 0)))
+    reads, keys, values, decays = (
+        x.reshape(batch, length * ranks, *x.shape[3:]) for x in (ahead, k, v, decay)
+    )
+    ids = None if segment_ids is None else jnp.repeat(segment_ids, ranks, 1)
     o, memory = gated_linear_attention(
-        in_time(ahead),
-        in_time(k),
-        in_time(v),
-        in_time(jnp.pad(log_decay[:, :, None], ((0, 0), (0, 0), (0, ranks - 1), (0, 0)))),
-        state,
-        segment_ids=None if segment_ids is None else jnp.repeat(segment_ids, ranks, 1),
-        implementation=implementation,
+        reads, keys, values, decays, state, segment_ids=ids, implementation=implementation
     )
     o = o.reshape(v.shape)
     if ranks > 1:

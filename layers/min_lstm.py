@@ -23,12 +23,12 @@ from layers.common import (
     Params,
     conv_init,
     conv_state,
+    convolved,
+    convolved_step,
     dense,
     positive,
-    require,
+    require_not_negative,
     require_positive,
-    short_conv,
-    short_conv_step,
     weight,
     wide,
 )
@@ -46,7 +46,7 @@ class Config:
 
     def __post_init__(self):
         require_positive(self, "width", "expand")
-        require(self.conv >= 0, f"min_lstm: conv={self.conv} must be >= 0")
+        require_not_negative(self, "conv")
 
     @property
     def E(self) -> int:
@@ -79,7 +79,7 @@ def init(key: Array, cfg: Config) -> Params:
 
 
 def init_state(cfg: Config, batch: int) -> State:
-    return State(memory=jnp.zeros((batch, cfg.E)), conv=conv_state(batch, max(cfg.conv, 1), cfg.width))
+    return State(memory=jnp.zeros((batch, cfg.E)), conv=conv_state(batch, cfg.conv, cfg.width))
 
 
 def _recurrence(params: Params, u: Array) -> tuple[Array, Array]:
@@ -92,9 +92,7 @@ def _recurrence(params: Params, u: Array) -> tuple[Array, Array]:
 def apply(params, cfg, x, state=None, *, segment_ids=None, implementation=None):
     """`x [B,T,D] -> (y [B,T,D], State, {})`; see the package docstring for the contract."""
     state = init_state(cfg, x.shape[0]) if state is None else state
-    u, conv = x, state.conv
-    if cfg.conv:
-        u, conv = short_conv(x, params["conv"], conv, segment_ids=segment_ids)
+    u, conv = convolved(params, cfg, x, state.conv, segment_ids)
     h, memory = diagonal_scan(
         *_recurrence(params, u), state.memory, segment_ids=segment_ids, implementation=implementation
     )
@@ -103,8 +101,6 @@ def apply(params, cfg, x, state=None, *, segment_ids=None, implementation=None):
 
 def step(params, cfg, x_t, state):
     """One token: `x_t [B,D] -> (y_t [B,D], State)`."""
-    u, conv = x_t, state.conv
-    if cfg.conv:
-        u, conv = short_conv_step(x_t, params["conv"], conv)
+    u, conv = convolved_step(params, cfg, x_t, state.conv)
     memory = diagonal_scan_step(*_recurrence(params, u), state.memory)
     return dense(memory.astype(x_t.dtype), params["w_out"]), State(memory=memory, conv=conv)

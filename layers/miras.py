@@ -37,17 +37,17 @@ from layers.common import (
     Params,
     conv_init,
     conv_state,
+    convolved,
+    convolved_step,
     dense,
-    l2_norm,
-    merge_heads,
+    gated_output,
     require,
+    require_above_zero,
     require_choice,
     require_divides,
+    require_not_negative,
     require_positive,
-    rms_norm,
-    short_conv,
-    short_conv_step,
-    split_heads,
+    unit_thirds,
     weight,
     wide,
 )
@@ -85,10 +85,9 @@ class Config:
         require_divides(self, "heads", "width")
         require_choice(self, "loss", tuple(LOSSES))
         require_choice(self, "retention", tuple(RETENTIONS))
-        for name in ("max_rate", "norm_eps"):
-            require(getattr(self, name) > 0, f"miras: {name}={getattr(self, name)} must be > 0")
+        require_above_zero(self, "max_rate", "norm_eps")
         require(self.clip is None or self.clip > 0, f"miras: clip={self.clip} must be > 0 or None")
-        require(self.conv >= 0, f"miras: conv={self.conv} must be >= 0")
+        require_not_negative(self, "conv")
 
     @property
     def D(self) -> int:
@@ -162,18 +161,12 @@ def init(key: Array, cfg: Config) -> Params:
 def init_state(cfg: Config, batch: int) -> State:
     return State(
         memory=empty_memory(cfg.shapes, batch, momentum=False),
-        conv=conv_state(batch, max(cfg.conv, 1), 3 * cfg.width),
+        conv=conv_state(batch, cfg.conv, 3 * cfg.width),
     )
 
 
 def _initial(params: Params) -> tuple[Array, ...]:
     return params["memory_0"], params["memory_1"]
-
-
-def _heads(cfg: Config, qkv: Array) -> tuple[Array, Array, Array]:
-    """q and k of unit length and v, `[..., H, D]`."""
-    q, k, v = (split_heads(x, cfg.heads) for x in jnp.split(jax.nn.silu(qkv), 3, -1))
-    return l2_norm(q), l2_norm(k), v
 
 
 def _gates(params: Params, cfg: Config, x: Array) -> tuple[Array, Array, dict]:
@@ -185,8 +178,7 @@ def _gates(params: Params, cfg: Config, x: Array) -> tuple[Array, Array, dict]:
 
 
 def _output(params: Params, x: Array, o: Array) -> Array:
-    o = merge_heads(rms_norm(o, params["norm_scale"]))
-    return dense(o * jax.nn.silu(dense(x, params["w_gate"])), params["w_out"])
+    return gated_output(params, o, jax.nn.silu(dense(x, params["w_gate"])))
 
 
 def apply(params, cfg, x, state=None, *, segment_ids=None, implementation=None):
@@ -194,14 +186,12 @@ def apply(params, cfg, x, state=None, *, segment_ids=None, implementation=None):
 
     `aux["surprise"]` is the mean inner loss per channel of v.
     """
-    conv = init_state(cfg, x.shape[0]).conv if state is None else state.conv
-    qkv = dense(x, params["w_qkv"])
-    if cfg.conv:
-        qkv, conv = short_conv(qkv, params["conv"], conv, segment_ids=segment_ids)
+    window = (init_state(cfg, x.shape[0]) if state is None else state).conv
+    qkv, conv = convolved(params, cfg, dense(x, params["w_qkv"]), window, segment_ids)
     rate, log_keep, more = _gates(params, cfg, x)
     (o, surprise), memory = memory_update(
         _initial(params),
-        *_heads(cfg, qkv),
+        *unit_thirds(qkv, cfg.heads),
         rate,
         log_keep,
         None,
@@ -216,11 +206,9 @@ def apply(params, cfg, x, state=None, *, segment_ids=None, implementation=None):
 
 def step(params, cfg, x_t, state):
     """One token: `x_t [B,D] -> (y_t [B,D], State)`."""
-    qkv, conv = dense(x_t, params["w_qkv"]), state.conv
-    if cfg.conv:
-        qkv, conv = short_conv_step(qkv, params["conv"], conv)
+    qkv, conv = convolved_step(params, cfg, dense(x_t, params["w_qkv"]), state.conv)
     rate, log_keep, more = _gates(params, cfg, x_t)
     (o, _), memory = memory_update_step(
-        _initial(params), *_heads(cfg, qkv), rate, log_keep, None, state.memory, **more, **cfg.rule
+        _initial(params), *unit_thirds(qkv, cfg.heads), rate, log_keep, None, state.memory, **more, **cfg.rule
     )
     return _output(params, x_t, o), State(memory=memory, conv=conv)

@@ -38,6 +38,7 @@ from flax import struct
 from jax import Array
 
 from layers.common import (
+    HeadDims,
     Params,
     conv_init,
     conv_state,
@@ -48,11 +49,13 @@ from layers.common import (
     merge_heads,
     require,
     require_choice,
-    require_divides,
+    require_head_dims,
+    require_not_negative,
     require_positive,
     rms_norm,
     short_conv,
     short_conv_step,
+    split_heads,
     weight,
     wide,
 )
@@ -63,7 +66,7 @@ RULES = ("gated_delta", "mamba2", "gla", "linear")
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(HeadDims):
     """Raises ValueError for sizes that do not fit together, top_k > memories or an unknown rule."""
 
     width: int
@@ -78,27 +81,14 @@ class Config:
     balance: float = 0.01  # coefficient of the load-balancing loss
 
     def __post_init__(self):
-        require_positive(self, "width", "heads", "memories", "top_k")
-        if self.key_dim is None or self.value_dim is None:
-            require_divides(self, "heads", "width")
-        for name in ("key_dim", "value_dim"):
-            if getattr(self, name) is not None:
-                require_positive(self, name)
+        require_head_dims(self)
+        require_positive(self, "memories", "top_k")
         require(
             self.top_k <= self.memories,
             f"mixture_of_memories: top_k={self.top_k} exceeds memories={self.memories}",
         )
         require_choice(self, "rule", RULES)
-        require(self.conv >= 0, f"mixture_of_memories: conv={self.conv} must be >= 0")
-        require(self.balance >= 0, f"mixture_of_memories: balance={self.balance} must be >= 0")
-
-    @property
-    def K(self) -> int:
-        return self.key_dim or self.width // self.heads
-
-    @property
-    def V(self) -> int:
-        return self.value_dim or self.width // self.heads
+        require_not_negative(self, "conv", "balance")
 
     @property
     def streams(self) -> tuple[int, int]:
@@ -163,10 +153,10 @@ def init(key: Array, cfg: Config) -> Params:
 
 def init_state(cfg: Config, batch: int) -> State:
     queries, writes = cfg.streams
-    windows = conv_state(batch * cfg.all_memories, max(cfg.conv, 1), writes)
+    windows = conv_state(batch * cfg.all_memories, cfg.conv, writes)
     return State(
         memory=jnp.zeros((batch, cfg.all_memories, cfg.heads, cfg.K, cfg.V)),
-        conv_query=conv_state(batch, max(cfg.conv, 1), queries),
+        conv_query=conv_state(batch, cfg.conv, queries),
         conv_write=windows.reshape(batch, cfg.all_memories, *windows.shape[1:]),
     )
 
@@ -213,10 +203,8 @@ def _rule_inputs(params: Params, cfg: Config, x: Array, q: Array, kv: Array, cho
     """
     if cfg.conv:
         q, kv = jax.nn.silu(q), jax.nn.silu(kv)
-    q, k, v = (
-        y.reshape(*y.shape[:-1], cfg.heads, -1)
-        for y in (q, kv[..., : cfg.heads * cfg.K], kv[..., cfg.heads * cfg.K :])
-    )
+    keys = cfg.heads * cfg.K
+    q, k, v = (split_heads(y, cfg.heads) for y in (q, kv[..., :keys], kv[..., keys:]))
     q = jnp.repeat(l2_norm(q) * cfg.K**-0.5, cfg.all_memories, 0)
     # A key of zero writes and, with no decay, keeps: the state passes a foreign token unharmed.
     k = jnp.where(chosen[..., None, None], l2_norm(k), 0)

@@ -28,16 +28,17 @@ from flax import struct
 from jax import Array
 
 from layers.common import (
+    HeadDims,
     Params,
     conv_init,
     conv_state,
+    convolved,
+    convolved_step,
     dense,
-    merge_heads,
-    require,
+    gated_output,
+    require_above_zero,
     require_head_dims,
-    rms_norm,
-    short_conv,
-    short_conv_step,
+    require_not_negative,
     unit_heads,
     weight,
     wide,
@@ -53,7 +54,7 @@ BIASES = {"rate": 0.0, "forget": -6.0, "momentum": 2.0}
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(HeadDims):
     """Raises ValueError for sizes that do not fit together or a rate that is not positive."""
 
     width: int
@@ -65,21 +66,8 @@ class Config:
 
     def __post_init__(self):
         require_head_dims(self)
-        require(self.max_rate > 0, f"momentum_delta: max_rate={self.max_rate} must be > 0")
-        require(self.conv >= 0, f"momentum_delta: conv={self.conv} must be >= 0")
-
-    @property
-    def K(self) -> int:
-        return self.key_dim or self.width // self.heads
-
-    @property
-    def V(self) -> int:
-        return self.value_dim or self.width // self.heads
-
-    @property
-    def stream(self) -> int:
-        """Channels of q, k and v together."""
-        return self.heads * (2 * self.K + self.V)
+        require_above_zero(self, "max_rate")
+        require_not_negative(self, "conv")
 
     def state_bytes(self) -> int:
         """`4 (2 H K V + (conv - 1)(2 H K + H V))`."""
@@ -117,7 +105,7 @@ def init(key: Array, cfg: Config) -> Params:
 def init_state(cfg: Config, batch: int) -> State:
     return State(
         memory=jnp.zeros((batch, cfg.heads, 2, cfg.K, cfg.V)),
-        conv=conv_state(batch, max(cfg.conv, 1), cfg.stream),
+        conv=conv_state(batch, cfg.conv, cfg.stream),
     )
 
 
@@ -131,17 +119,13 @@ def _rule_inputs(params: Params, cfg: Config, x: Array, qkv: Array) -> tuple[Arr
 
 
 def _output(params: Params, x: Array, o: Array) -> Array:
-    """Normalise the read `o [..., H, V]`, gate it by x and project."""
-    y = merge_heads(rms_norm(o, params["norm_scale"])).astype(x.dtype)
-    return dense(y * jax.nn.silu(dense(x, params["w_gate"])), params["w_out"])
+    return gated_output(params, o, jax.nn.silu(dense(x, params["w_gate"])))
 
 
 def apply(params, cfg, x, state=None, *, segment_ids=None, implementation=None):
     """`x [B,T,D] -> (y [B,T,D], State, {})`; see the package docstring for the contract."""
     state = init_state(cfg, x.shape[0]) if state is None else state
-    qkv, conv = dense(x, params["w_qkv"]), state.conv
-    if cfg.conv:
-        qkv, conv = short_conv(qkv, params["conv"], conv, segment_ids=segment_ids)
+    qkv, conv = convolved(params, cfg, dense(x, params["w_qkv"]), state.conv, segment_ids)
     o, memory = momentum_delta_rule(
         *_rule_inputs(params, cfg, x, qkv),
         state.memory,
@@ -153,8 +137,6 @@ def apply(params, cfg, x, state=None, *, segment_ids=None, implementation=None):
 
 def step(params, cfg, x_t, state):
     """One token: `x_t [B,D] -> (y_t [B,D], State)`."""
-    qkv, conv = dense(x_t, params["w_qkv"]), state.conv
-    if cfg.conv:
-        qkv, conv = short_conv_step(qkv, params["conv"], conv)
+    qkv, conv = convolved_step(params, cfg, dense(x_t, params["w_qkv"]), state.conv)
     o, memory = momentum_delta_rule_step(*_rule_inputs(params, cfg, x_t, qkv), state.memory)
     return _output(params, x_t, o), State(memory=memory, conv=conv)

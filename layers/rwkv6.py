@@ -29,6 +29,7 @@ from layers.common import (
     Params,
     dense,
     layer_norm,
+    low_rank,
     merge_heads,
     require,
     require_positive,
@@ -132,8 +133,7 @@ def _inputs(params: Params, cfg: Config, x: Array, before: Array) -> tuple[tuple
         split_heads(wide(dense(s, params[name])), cfg.heads)
         for s, name in zip(streams, ("w_r", "w_k", "w_v"), strict=True)
     )
-    low = dense(jnp.tanh(dense(decay, params["w_decay_down"])), params["w_decay_up"])
-    log_decay = -jnp.exp(wide(low) + params["decay_bias"])
+    log_decay = -jnp.exp(wide(low_rank(params, "decay", decay, jnp.tanh)) + params["decay_bias"])
     return (r, k, v, split_heads(log_decay, cfg.heads)), dense(gate, params["w_gate"])
 
 

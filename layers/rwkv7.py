@@ -34,6 +34,7 @@ from layers.common import (
     dense,
     l2_norm,
     layer_norm,
+    low_rank,
     merge_heads,
     require,
     require_positive,
@@ -131,19 +132,15 @@ def init_state(cfg: Config, batch: int) -> State:
     )
 
 
-def _low_rank(params: Params, name: str, x: Array, activation=lambda x: x) -> Array:
-    return dense(activation(dense(x, params[f"w_{name}_down"])), params[f"w_{name}_up"])
-
-
 def _inputs(params: Params, cfg: Config, x: Array, before: Array) -> tuple[tuple[Array, ...], Array]:
     """The op's `(r, k, v, -kappa, a kappa, log w) [..., H, K]` at least float32, and the gate `[..., D]`."""
     change, mix = before - x, params["mix"].astype(x.dtype)
     streams = {name: x + change * mix[i] for i, name in enumerate(STREAMS)}
     r, k, v = (wide(dense(streams[name], params[f"w_{name}"])) for name in ("r", "k", "v"))
-    decay = wide(_low_rank(params, "decay", streams["w"], jnp.tanh)) + params["decay_bias"]
+    decay = wide(low_rank(params, "decay", streams["w"], jnp.tanh)) + params["decay_bias"]
     log_decay = -math.exp(-0.5) * jax.nn.sigmoid(decay)
-    a = jax.nn.sigmoid(wide(_low_rank(params, "rate", streams["a"])) + params["rate_bias"])
-    gate = _low_rank(params, "gate", streams["gate"], jax.nn.sigmoid)
+    a = jax.nn.sigmoid(wide(low_rank(params, "rate", streams["a"])) + params["rate_bias"])
+    gate = low_rank(params, "gate", streams["gate"], jax.nn.sigmoid)
     removed = k * params["removal_scale"]
     k = k * (1 + (a - 1) * params["rate_scale"])
     r, k, v, a, removed, log_decay = (split_heads(y, cfg.heads) for y in (r, k, v, a, removed, log_decay))

@@ -15,12 +15,26 @@ The input vector B is 1: another one could be moved into C. The modes start as (
            "legs"    the eigenvalues of the normal part of HiPPO-LegS
            "real"    -(n + 1), n < N: N real modes, s_t = sum_n C_n x_tn
 
-With `tied` all channels share the modes, each with its dt. With `separate_dt` the real and the imaginary part
-of lam dt have a step each, equal at the start: lam dt is then -exp(A_log) dt + i A_im dt_im in a and b above.
-Both together are DSS-exp, whose weights W over the modes with positive frequency are 2C.
+("lin" is the normal part of HiPPO-FouT at half its frequencies, moved left by 1/2). With `sets` = S the
+channels share S sets of modes, channel d using number d mod S with its own dt. With `separate_dt` the real
+and the imaginary part of lam dt have a step each, equal at the start: lam dt is then
+-exp(A_log) dt + i A_im dt_im in a and b above. Both together, with S = 1, are DSS-exp, whose weights W over
+the modes with positive frequency are 2C.
+
+DSS-softmax normalises every mode over the L positions of the sequence,
+
+    K_j = Re sum_n W_n / lam_n * e^{j lam_n dt} / sum_{l<L} e^{l lam_n dt},
+
+which is b divided by e^{L lam dt} - 1. With L the length of the input, as there, the first output changes
+with the number of tokens that follow: not causal between inputs of different length, and no step form can
+agree with it. So L = `softmax_length` is part of the model here, and the kernel goes on beyond L. There the
+sign of Re lam is free, as the kernel ends at L; a state that goes on would grow without bound, so Re lam < 0
+stays.
+1/x is conj(x) / (|x|^2 + 1e-7), since a sum of complex exponentials may vanish.
 
 Sources: Gu, Gupta, Goel, Ré 2022 (arXiv 2206.11893) sec. 3 (discretisation, kernel, parameters), 4 (inits);
-Gupta, Gu, Berant 2022 (arXiv 2203.14343), DSS-exp; tied modes and separate steps are those of its code.
+Gupta, Gu, Berant 2022 (arXiv 2203.14343), DSS-exp and DSS-softmax; shared modes, separate steps and the
+guarded reciprocal are those of its code.
 """
 
 from dataclasses import dataclass
@@ -35,9 +49,11 @@ from layers.common import (
     Params,
     hippo_legs,
     log_uniform,
+    per_channel,
     require,
     require_choice,
     require_positive,
+    require_sets,
     state_space_output,
     weight,
 )
@@ -50,14 +66,16 @@ DISCRETIZATIONS = ("zoh", "bilinear")
 @dataclass(frozen=True)
 class Config:
     """Raises ValueError for an odd number of states, a bad dt range, an unknown init or discretization,
-    or separate steps of anything but complex modes under the zero-order hold."""
+    `sets` that do not divide the width, or separate steps or a softmax of anything but complex modes under
+    the zero-order hold."""
 
     width: int
     state_dim: int = 64  # N real numbers per channel
     init: str = "legs"
     discretization: str = "zoh"
-    tied: bool = False  # one set of modes for all channels
+    sets: int | None = None  # S sets of modes that the channels share; default one each
     separate_dt: bool = False  # a step of its own for the imaginary part
+    softmax_length: int | None = None  # L of DSS-softmax; default no normalisation
     dt_min: float = 1e-3  # dt starts log-uniform in [dt_min, dt_max]: memory of about 1/dt tokens
     dt_max: float = 1e-1
 
@@ -67,10 +85,13 @@ class Config:
         require(0 < self.dt_min <= self.dt_max, f"s4d: dt_min={self.dt_min}, dt_max={self.dt_max}")
         require_choice(self, "init", INITS)
         require_choice(self, "discretization", DISCRETIZATIONS)
-        require(
-            not self.separate_dt or (self.discretization == "zoh" and not self.real),
-            f"s4d: separate_dt with init={self.init!r}, discretization={self.discretization!r}",
-        )
+        require_sets(self)
+        zoh = self.discretization == "zoh" and not self.real
+        choice = f"init={self.init!r}, discretization={self.discretization!r}"
+        require(not self.separate_dt or zoh, f"s4d: separate_dt with {choice}")
+        if self.softmax_length is not None:
+            require_positive(self, "softmax_length")
+            require(zoh, f"s4d: softmax_length={self.softmax_length} with {choice}")
 
     @property
     def real(self) -> bool:
@@ -111,7 +132,7 @@ def init(key: Array, cfg: Config) -> Params:
     """All channels start with the same modes; C has unit variance, D ~ N(0, 1)."""
     keys = iter(jax.random.split(key, 5))
     shape = (cfg.width, cfg.modes)
-    modes = _initial_modes(cfg) if cfg.tied else np.broadcast_to(_initial_modes(cfg), shape)
+    modes = np.broadcast_to(_initial_modes(cfg), (cfg.sets or cfg.width, cfg.modes))
     log_dt = log_uniform(next(keys), (cfg.width,), cfg.dt_min, cfg.dt_max)
     params = {
         "ssm_log_dt": log_dt,
@@ -138,12 +159,16 @@ def _system(params: Params, cfg: Config) -> tuple[Array, Array, Array]:
     lam, c = -jnp.exp(params["ssm_A_log"]), params["C_re"]
     if not cfg.real:
         lam, c = jax.lax.complex(lam, params["ssm_A_im"]), jax.lax.complex(c, params["C_im"])
-    dt = jnp.exp(params["ssm_log_dt"])[:, None]
+    lam, dt = per_channel(lam, cfg.width), jnp.exp(params["ssm_log_dt"])[:, None]
     exponent = lam * dt
     if cfg.separate_dt:
         exponent = jax.lax.complex(lam.real * dt, lam.imag * jnp.exp(params["ssm_log_dt_im"])[:, None])
     if cfg.discretization == "zoh":
-        return jnp.exp(exponent), jnp.expm1(exponent) / lam, c
+        b = jnp.expm1(exponent) / lam
+        if cfg.softmax_length is not None:
+            total = jnp.expm1(cfg.softmax_length * exponent)
+            b = b * jnp.conj(total) / (total.real**2 + total.imag**2 + 1e-7)
+        return jnp.exp(exponent), b, c
     inverse = 1 / (1 - exponent / 2)
     return (1 + exponent / 2) * inverse, dt * inverse, c
 

@@ -36,18 +36,19 @@ from layers.common import (
     Params,
     conv_init,
     conv_state,
+    convolved,
+    convolved_step,
     dense,
-    l2_norm,
+    gated_output,
     memory_gates,
     memory_gates_init,
-    merge_heads,
     require,
+    require_above_zero,
     require_choice,
     require_divides,
+    require_not_negative,
     require_positive,
-    rms_norm,
-    short_conv,
-    short_conv_step,
+    unit_thirds,
     weight,
 )
 from pallas_kernels.memory_update import (
@@ -85,9 +86,9 @@ class Config:
         if self.head_dim is None:
             require_divides(self, "heads", "width")
         require(self.D >= 1, f"titans: head_dim={self.head_dim} must be >= 1")
-        require(self.max_rate > 0, f"titans: max_rate={self.max_rate} must be > 0")
+        require_above_zero(self, "max_rate")
         require(self.clip is None or self.clip > 0, f"titans: clip={self.clip} must be > 0 or None")
-        require(self.conv >= 0, f"titans: conv={self.conv} must be >= 0")
+        require_not_negative(self, "conv")
         require_choice(self, "activation", tuple(ACTIVATIONS))
         require_choice(self, "gradients", GRADIENTS)
 
@@ -152,7 +153,7 @@ def init(key: Array, cfg: Config) -> Params:
 def init_state(cfg: Config, batch: int) -> State:
     return State(
         memory=empty_memory(cfg.shapes, batch, momentum=cfg.momentum),
-        conv=conv_state(batch, max(cfg.conv, 1), 3 * cfg.heads * cfg.D),
+        conv=conv_state(batch, cfg.conv, 3 * cfg.heads * cfg.D),
     )
 
 
@@ -160,16 +161,8 @@ def _initial(params: Params, cfg: Config) -> tuple[Array, ...]:
     return tuple(params[f"memory_{i}"] for i in range(cfg.depth))
 
 
-def _heads(cfg: Config, qkv: Array) -> tuple[Array, Array, Array]:
-    """q and k of unit length and v, `[..., H, D]`."""
-    qkv = jax.nn.silu(qkv)
-    q, k, v = (p.reshape(*p.shape[:-1], cfg.heads, cfg.D) for p in jnp.split(qkv, 3, -1))
-    return l2_norm(q), l2_norm(k), v
-
-
 def _output(params: Params, x: Array, o: Array) -> Array:
-    o = merge_heads(rms_norm(o, params["norm_scale"]))
-    return dense(o * jax.nn.silu(dense(x, params["w_gate"])), params["w_out"])
+    return gated_output(params, o, jax.nn.silu(dense(x, params["w_gate"])))
 
 
 def apply(params, cfg, x, state=None, *, segment_ids=None, implementation=None):
@@ -177,14 +170,11 @@ def apply(params, cfg, x, state=None, *, segment_ids=None, implementation=None):
 
     `aux["surprise"]` is the mean inner loss per channel of v.
     """
-    qkv, conv = dense(x, params["w_qkv"]), None if state is None else state.conv
-    if cfg.conv:
-        qkv, conv = short_conv(qkv, params["conv"], conv, segment_ids=segment_ids)
-    elif conv is None:
-        conv = init_state(cfg, x.shape[0]).conv
+    window = (init_state(cfg, x.shape[0]) if state is None else state).conv
+    qkv, conv = convolved(params, cfg, dense(x, params["w_qkv"]), window, segment_ids)
     (o, surprise), memory = memory_update(
         _initial(params, cfg),
-        *_heads(cfg, qkv),
+        *unit_thirds(qkv, cfg.heads),
         *memory_gates(params, x, cfg.max_rate),
         None if state is None else state.memory,
         segment_ids=segment_ids,
@@ -196,12 +186,10 @@ def apply(params, cfg, x, state=None, *, segment_ids=None, implementation=None):
 
 def step(params, cfg, x_t, state):
     """One token: `x_t [B,D] -> (y_t [B,D], State)`."""
-    qkv, conv = dense(x_t, params["w_qkv"]), state.conv
-    if cfg.conv:
-        qkv, conv = short_conv_step(qkv, params["conv"], conv)
+    qkv, conv = convolved_step(params, cfg, dense(x_t, params["w_qkv"]), state.conv)
     (o, _), memory = memory_update_step(
         _initial(params, cfg),
-        *_heads(cfg, qkv),
+        *unit_thirds(qkv, cfg.heads),
         *memory_gates(params, x_t, cfg.max_rate),
         state.memory,
         **cfg.rule,

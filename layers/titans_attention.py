@@ -30,6 +30,7 @@ from layers.common import (
     require,
     require_choice,
     require_divides,
+    require_not_negative,
     require_positive,
     rms_norm,
     rotary,
@@ -70,7 +71,7 @@ class Config:
         require_positive(self, "width", "heads", "window")
         require_divides(self, "heads", "width")
         require_choice(self, "combine", COMBINE)
-        require(self.persistent >= 0, f"titans_attention: persistent={self.persistent} must be >= 0")
+        require_not_negative(self, "persistent")
         require(
             self.rope_base is None or self.K % 2 == 0,
             f"titans_attention: rotary positions need an even head width, not width / heads = {self.K}",
@@ -135,10 +136,7 @@ def _memory_params(params: Params) -> Params:
 def _heads(params: Params, cfg: Config, x: Array, position: Array) -> tuple[Array, Array, Array]:
     """Rotated and scaled q, rotated k, and v, `[..., H, K]`."""
     q, k, v = (split_heads(y, cfg.heads) for y in jnp.split(dense(x, params["w_qkv"]), 3, -1))
-    q = q * cfg.K**-0.5
-    if cfg.rope_base is None:
-        return q, k, v
-    return rotary(q, position, cfg.rope_base), rotary(k, position, cfg.rope_base), v
+    return rotary(q * cfg.K**-0.5, position, cfg.rope_base), rotary(k, position, cfg.rope_base), v
 
 
 def _persistent(params: Params, cfg: Config) -> tuple[Array, Array] | None:

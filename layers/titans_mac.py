@@ -37,7 +37,9 @@ from layers.common import (
     memory_gates_init,
     merge_heads,
     require,
+    require_above_zero,
     require_divides,
+    require_not_negative,
     require_positive,
     rms_norm,
     rotary,
@@ -75,12 +77,12 @@ class Config:
     def __post_init__(self):
         require_positive(self, "width", "heads", "segment", "depth", "expand")
         require_divides(self, "heads", "width")
-        require(self.persistent >= 0, f"titans_mac: persistent={self.persistent} must be >= 0")
+        require_not_negative(self, "persistent")
         require(
             self.rope_base is None or self.K % 2 == 0,
             f"titans_mac: rotary positions need an even head width, not width / heads = {self.K}",
         )
-        require(self.max_rate > 0, f"titans_mac: max_rate={self.max_rate} must be > 0")
+        require_above_zero(self, "max_rate")
         require(self.clip is None or self.clip > 0, f"titans_mac: clip={self.clip} must be > 0 or None")
 
     @property
@@ -165,10 +167,7 @@ def _query(params: Params, cfg: Config, x: Array) -> Array:
 def _projected(params: Params, cfg: Config, x: Array, place: Array) -> tuple[Array, Array, Array]:
     """Rotated and scaled q, rotated k, and v, `[..., H, K]`."""
     q, k, v = (split_heads(y, cfg.heads) for y in jnp.split(dense(x, params["w_qkv"]), 3, -1))
-    q = q * cfg.K**-0.5
-    if cfg.rope_base is None:
-        return q, k, v
-    return rotary(q, place, cfg.rope_base), rotary(k, place, cfg.rope_base), v
+    return rotary(q * cfg.K**-0.5, place, cfg.rope_base), rotary(k, place, cfg.rope_base), v
 
 
 def _pairs_of_keys(params: Params, cfg: Config, recalled: Array, tokens: _Tokens) -> tuple[Array, Array]:

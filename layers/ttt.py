@@ -32,16 +32,17 @@ from layers.common import (
     Params,
     conv_init,
     conv_state,
+    convolved,
+    convolved_step,
     dense,
     layer_norm,
     merge_heads,
     require,
     require_choice,
     require_divides,
+    require_not_negative,
     require_positive,
     rotary,
-    short_conv,
-    short_conv_step,
     split_heads,
     weight,
     wide,
@@ -78,7 +79,7 @@ class Config:
         require_divides(self, "heads", "width")
         require_choice(self, "inner", tuple(BASE_RATES))
         require(self.rate > 0, f"ttt: base_rate={self.base_rate} must be > 0")
-        require(self.conv >= 0, f"ttt: conv={self.conv} must be >= 0")
+        require_not_negative(self, "conv")
         require(
             self.rope_base is None or self.D % 2 == 0,
             f"ttt: rotary positions need an even head width, not width / heads = {self.D}",
@@ -150,7 +151,7 @@ def init(key: Array, cfg: Config) -> Params:
 def init_state(cfg: Config, batch: int) -> State:
     return State(
         memory=empty_memory(cfg.shapes, batch, momentum=False),
-        conv=conv_state(batch, max(cfg.conv, 1), cfg.width),
+        conv=conv_state(batch, cfg.conv, cfg.width),
     )
 
 
@@ -161,8 +162,6 @@ def _initial(params: Params, cfg: Config) -> tuple[Array, ...]:
 def _streams(cfg: Config, q: Array, k: Array, v: Array, phase: Array) -> tuple[Array, Array, Array]:
     """Heads `[..., H, D]`, q and k rotated by the place in the mini-batch."""
     q, k, v = (split_heads(x, cfg.heads) for x in (q, k, v))
-    if cfg.rope_base is None:
-        return q, k, v
     return rotary(q, phase, cfg.rope_base), rotary(k, phase, cfg.rope_base), v
 
 
@@ -192,15 +191,12 @@ def apply(params, cfg, x, state=None, *, segment_ids=None, implementation=None):
     """
     *qk, v = jnp.split(dense(x, params["w_qkv"]), 2 if cfg.conv else 3, -1)
     past = init_state(cfg, x.shape[0]) if state is None else state
-    conv = past.conv
-    if cfg.conv:
-        q, _ = short_conv(qk[0], params["conv_q"], past.conv, segment_ids=segment_ids)
-        k, conv = short_conv(qk[0], params["conv_k"], past.conv, segment_ids=segment_ids)
-        qk = [q, k]
+    q, _ = convolved(params, cfg, qk[0], past.conv, segment_ids, "conv_q")
+    k, conv = convolved(params, cfg, qk[-1], past.conv, segment_ids, "conv_k")
     phase = positions(past.memory.phase, segment_ids, x.shape[1]) % cfg.chunk
     (z, surprise), memory = memory_update(
         _initial(params, cfg),
-        *_streams(cfg, *qk, v, phase),
+        *_streams(cfg, q, k, v, phase),
         *_rates(params, cfg, x),
         None,
         None if state is None else state.memory,
@@ -216,15 +212,12 @@ def apply(params, cfg, x, state=None, *, segment_ids=None, implementation=None):
 def step(params, cfg, x_t, state):
     """One token: `x_t [B,D] -> (y_t [B,D], State)`."""
     *qk, v = jnp.split(dense(x_t, params["w_qkv"]), 2 if cfg.conv else 3, -1)
-    conv = state.conv
-    if cfg.conv:
-        q, _ = short_conv_step(qk[0], params["conv_q"], state.conv)
-        k, conv = short_conv_step(qk[0], params["conv_k"], state.conv)
-        qk = [q, k]
+    q, _ = convolved_step(params, cfg, qk[0], state.conv, "conv_q")
+    k, conv = convolved_step(params, cfg, qk[-1], state.conv, "conv_k")
     phase = state.memory.phase
     (z, _), memory = memory_update_step(
         _initial(params, cfg),
-        *_streams(cfg, *qk, v, phase),
+        *_streams(cfg, q, k, v, phase),
         *_rates(params, cfg, x_t),
         None,
         state.memory,

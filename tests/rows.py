@@ -9,7 +9,11 @@ ROWS = {
     "attention-window": registry.config(
         "attention", WIDTH, heads=4, kv_heads=2, window=7, head_dim=4, conv=3
     ),
+    "attention-sinks": registry.config(
+        "attention", WIDTH, heads=4, kv_heads=2, window=5, sinks=3, sink_logit=True
+    ),
     "s4": registry.config("s4", WIDTH, state_dim=8),
+    "s4-legt": registry.config("s4", WIDTH, state_dim=8, measure="legt", sets=2),
     "s4d": registry.config("s4d", WIDTH, state_dim=8),
     "lru": registry.config("lru", WIDTH, state_dim=6),
     "rg_lru": registry.config("rg_lru", WIDTH, channels=12, heads=3),
@@ -19,9 +23,11 @@ ROWS = {
     "gru": registry.config("gru", WIDTH, hidden=6),
     "lstm": registry.config("lstm", WIDTH, hidden=6),
     "dss": registry.config("dss", WIDTH, state_dim=8),
+    "dss-softmax": registry.config("dss", WIDTH, state_dim=8, softmax_length=50),
     "mamba": registry.config("mamba", WIDTH, state_dim=4),
     "mamba2": registry.config("mamba2", WIDTH, state_dim=4, head_dim=4, groups=2),
     "mamba3": registry.config("mamba3", WIDTH, state_dim=4, head_dim=8, rank=2),
+    "mamba3-siso": registry.config("mamba3", WIDTH, state_dim=4, head_dim=8, rank=1),
     "gla": registry.config("gla", WIDTH, heads=2),
     "gla-head-conv": registry.config("gla", WIDTH, heads=2, decay="head", conv=4),
     "linear_attention": registry.config("linear_attention", WIDTH, heads=2),
@@ -31,6 +37,7 @@ ROWS = {
     "gated_delta_net": registry.config("gated_delta_net", WIDTH, heads=2, key_dim=3),
     "kda": registry.config("kda", WIDTH, heads=2),
     "gdn2": registry.config("gdn2", WIDTH, heads=2, value_dim=3),
+    "delta_product": registry.config("delta_product", WIDTH, heads=2, steps=2),
     "gated_delta_product": registry.config("gated_delta_product", WIDTH, heads=2, steps=2),
     "comba": registry.config("comba", WIDTH, heads=2),
     "rwkv7": registry.config("rwkv7", WIDTH, head_dim=4, decay_rank=3, rate_rank=3, gate_rank=5),
@@ -38,6 +45,7 @@ ROWS = {
     "retnet": registry.config("retnet", WIDTH, heads=2),
     "lightning_attention": registry.config("lightning_attention", WIDTH, heads=2),
     "hgrn2": registry.config("hgrn2", WIDTH, head_dim=4, lower_bound=0.8),
+    "hgrn2-free": registry.config("hgrn2", WIDTH, head_dim=4),
     "based": registry.config("based", WIDTH, heads=2, feature_dim=3),
     "rwkv6": registry.config("rwkv6", WIDTH, head_dim=4, mix_rank=2, decay_rank=3),
     "mlstm": registry.config("mlstm", WIDTH, heads=2),
@@ -51,8 +59,10 @@ ROWS = {
     "mixture_of_memories-linear": registry.config(
         "mixture_of_memories", WIDTH, heads=2, memories=2, shared=False, rule="linear", conv=0
     ),
+    "bmojo": registry.config("bmojo", WIDTH, heads=2, window=5, fading=3, memories=4, state_dim=4),
     "titans": registry.config("titans", WIDTH, heads=2, chunk=8),
     "omega_net": registry.config("omega_net", WIDTH, heads=2, chunk=4, window=7, degree=1),
+    "atlas": registry.config("atlas", WIDTH, heads=2, chunk=4, window=3),
     "lact": registry.config("lact", WIDTH, heads=2, chunk=8),
     "titans_mac": registry.config("titans_mac", WIDTH, heads=2, segment=8, persistent=3),
     "titans_mag": registry.config("titans_mag", WIDTH, heads=2, chunk=8, window=5, persistent=3),

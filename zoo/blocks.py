@@ -2,6 +2,12 @@
 
 Equal blocks are stacked along a leading axis and run under `lax.scan`, so that compile time does not grow
 with depth. Depth = repeats of the pattern, plus a shorter tail when the pattern does not divide it.
+
+In every `moe_every`-th block the MLP is a mixture of E experts, as Mixtral's and Jamba's: with
+p = softmax(W_router x), the `experts_per_token` largest p, scaled to sum to one, weigh the outputs of their
+experts. Every expert runs on every token and the foreign ones are masked: no token is dropped and none sees
+another, except through the loss balance * E * sum_e f_e p_e, f_e the fraction of tokens that chose e and
+p_e its mean probability (Shazeer et al. 2017, arXiv 1701.06538; Fedus et al. 2021, arXiv 2101.03961 eq. 4-6).
 """
 
 import math
@@ -13,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from layers.common import Params, dense, require, require_choice, require_positive, rms_norm, weight
+from layers.common import Params, dense, require, require_choice, require_positive, rms_norm, weight, wide
 from zoo import registry
 
 MLPS = ("swiglu", "gelu", "none")
@@ -33,14 +39,23 @@ class Config:
     pattern: tuple[Any, ...] = ("attention",)
     mlp: str = "swiglu"
     expansion: float | None = None  # hidden width of the MLP over D; default 8/3 (swiglu) or 4 (gelu)
+    moe_every: int = 0  # the MLPs of blocks n - 1, 2 n - 1, ... are mixtures of experts; 0: none
+    experts: int = 8  # E
+    experts_per_token: int = 2
+    balance: float = 0.01  # coefficient of the experts' load-balancing loss
     remat: bool = True  # recompute each block in the backward pass instead of storing it
 
     def __post_init__(self):
-        require_positive(self, "width", "depth")
+        require_positive(self, "width", "depth", "experts", "experts_per_token")
         require_choice(self, "mlp", MLPS)
         ok = isinstance(self.pattern, tuple) and len(self.pattern) > 0
         require(ok, f"pattern={self.pattern!r} must be a tuple of layer names or layer Configs")
         require(self.expansion is None or self.expansion > 0, f"expansion={self.expansion} must be > 0")
+        ok = self.moe_every == 0 or (self.moe_every > 0 and self.mlp != "none")
+        require(ok, f"moe_every={self.moe_every} must be >= 0, and 0 with mlp={self.mlp!r}")
+        k = self.experts_per_token
+        require(k <= self.experts, f"experts_per_token={k} exceeds experts={self.experts}")
+        require(self.balance >= 0, f"balance={self.balance} must be >= 0")
         for layer in self.layers:
             require(
                 layer.width == self.width,
@@ -61,8 +76,8 @@ class Config:
 
     @property
     def groups(self) -> tuple[Group, ...]:
-        """`(layer Configs, repeats)`: the repeated pattern, then the tail."""
-        size = min(len(self.pattern), self.depth)
+        """`(layer Configs, repeats)`: the repeated pattern (of mixers and MLPs), then the tail."""
+        size = min(math.lcm(len(self.pattern), self.moe_every or 1), self.depth)
         repeats, rest = divmod(self.depth, size)
         groups = [(self.layers[:size], repeats)]
         return tuple(groups + [(self.layers[:rest], 1)] * (rest > 0))
@@ -75,29 +90,47 @@ class Config:
         ratio = self.expansion or (8 / 3 if self.mlp == "swiglu" else 4.0)
         return 8 * math.ceil(ratio * self.width / 8)
 
+    def is_moe(self, place: int) -> bool:
+        """Whether the MLP at this place of the model, or of a group, is a mixture of experts."""
+        return self.moe_every > 0 and (place + 1) % self.moe_every == 0
+
     def mlp_weights(self) -> int:
+        """Of one MLP, or of one expert."""
         return (3 if self.mlp == "swiglu" else 2) * self.width * self.hidden
+
+    def idle_weights(self) -> int:
+        """Weights of all the experts that a token does not go to."""
+        mixtures = self.depth // self.moe_every if self.moe_every else 0
+        return mixtures * (self.experts - self.experts_per_token) * self.mlp_weights()
 
     def trunk_state_bytes(self) -> int:
         """Bytes of float32 state of all blocks, one sequence."""
         return sum(layer.state_bytes() for layer in self.layers)
 
     def trunk_flops_per_token(self, length: int) -> int:
-        """Forward FLOPs of all blocks for one token of a sequence of `length`."""
+        """Forward FLOPs of all blocks for one token of a sequence of `length`.
+
+        Of a mixture, the router and the experts that the token goes to; here the others run and are masked.
+        """
         mixers = sum(layer.flops_per_token(length) for layer in self.layers)
-        return mixers + 2 * self.depth * self.mlp_weights()
+        mixtures = sum(self.is_moe(place) for place in range(self.depth))
+        experts = (self.experts_per_token - 1) * self.mlp_weights() + self.width * self.experts
+        return mixers + 2 * (self.depth * self.mlp_weights() + mixtures * experts)
 
 
-def _init_block(key: Array, cfg: Config, layer) -> Params:
+def _init_block(key: Array, cfg: Config, layer, moe: bool) -> Params:
     mixer_key, in_key, out_key = jax.random.split(key, 3)
     block = {"norm_mixer": jnp.ones(cfg.width), "mixer": registry.module(layer).init(mixer_key, layer)}
     if cfg.hidden:
         inner = 2 * cfg.hidden if cfg.mlp == "swiglu" else cfg.hidden
         block["norm_mlp"] = jnp.ones(cfg.width)
+        experts = (cfg.experts,) if moe else ()
         block["mlp"] = {
-            "w_in": weight(in_key, cfg.width, inner),
-            "w_out": weight(out_key, cfg.hidden, cfg.width),
+            "w_in": weight(in_key, cfg.width, *experts, inner),
+            "w_out": weight(out_key, cfg.hidden, *experts, cfg.width),
         }
+        if moe:
+            block["mlp"]["w_router"] = weight(jax.random.fold_in(key, 3), cfg.width, cfg.experts)
     return block
 
 
@@ -116,8 +149,8 @@ def init(key: Array, cfg: Config) -> list[list[Params]]:
     for number, (layers, repeats) in enumerate(cfg.groups):
         keys = jax.random.split(jax.random.fold_in(key, number), (len(layers), repeats))
         blocks = [
-            jax.vmap(lambda k, layer=layer: _init_block(k, cfg, layer))(ks)
-            for layer, ks in zip(layers, keys, strict=True)
+            jax.vmap(lambda k, layer=layer, at=place: _init_block(k, cfg, layer, cfg.is_moe(at)))(ks)
+            for place, (layer, ks) in enumerate(zip(layers, keys, strict=True))
         ]
         groups.append([_scale_outputs(b, cfg.depth) for b in blocks])
     return groups
@@ -133,16 +166,32 @@ def init_state(cfg: Config, batch: int) -> list[list[Any]]:
     return [[stacked(layer, repeats) for layer in layers] for layers, repeats in cfg.groups]
 
 
-def _mlp(params: Params, cfg: Config, x: Array) -> Array:
+def _route(cfg: Config, logits: Array) -> tuple[Array, dict[str, Array]]:
+    """Weights `[..., E]`, 0 for the experts that are not chosen, and the loss and load of a batch."""
+    probabilities = jax.nn.softmax(logits)
+    _, best = jax.lax.top_k(probabilities, cfg.experts_per_token)
+    chosen = jnp.any(best[..., None] == jnp.arange(cfg.experts), -2)
+    weights = jnp.where(chosen, probabilities, 0)
+    load, share = (x.reshape(-1, cfg.experts).mean(0, weights.dtype) for x in (chosen, probabilities))
+    loss = cfg.balance * cfg.experts * jnp.sum(load * share)
+    return weights / weights.sum(-1, keepdims=True), {"expert_balance_loss": loss, "expert_load": load}
+
+
+def _mlp(params: Params, cfg: Config, x: Array) -> tuple[Array, dict[str, Array]]:
     if not cfg.hidden:
-        return x
-    inner = dense(rms_norm(x, params["norm_mlp"]), params["mlp"]["w_in"])
+        return x, {}
+    normed, mlp = rms_norm(x, params["norm_mlp"]), params["mlp"]
+    inner = dense(normed, mlp["w_in"])
     if cfg.mlp == "swiglu":
         gate, value = jnp.split(inner, 2, -1)
         inner = jax.nn.silu(gate) * value
     else:
         inner = jax.nn.gelu(inner)
-    return x + dense(inner, params["mlp"]["w_out"])
+    if "w_router" not in mlp:
+        return x + dense(inner, mlp["w_out"]), {}
+    weights, aux = _route(cfg, dense(wide(normed), mlp["w_router"]))
+    inner = inner * weights[..., None].astype(inner.dtype)
+    return x + jnp.einsum("...ef,fed->...d", inner, mlp["w_out"].astype(x.dtype)), aux
 
 
 def _merge_aux(stacked: list[dict[str, Array]]) -> dict[str, Array]:
@@ -173,9 +222,9 @@ def apply(params, cfg: Config, x: Array, state=None, *, segment_ids=None, implem
                     segment_ids=segment_ids,
                     implementation=implementation,
                 )
-                x = _mlp(block, cfg, x + y)
+                x, experts = _mlp(block, cfg, x + y)
                 states.append(new)
-                auxes.append(aux)
+                auxes.append(aux | experts)
             return x, (states, auxes)
 
         old = state[g] if state is not None else [None] * len(layers)
@@ -196,7 +245,7 @@ def step(params, cfg: Config, x_t: Array, state):
             for layer, (block, old) in zip(layers, blocks, strict=True):
                 normed = rms_norm(x, block["norm_mixer"])
                 y, new = registry.module(layer).step(block["mixer"], layer, normed, old)
-                x = _mlp(block, cfg, x + y)
+                x, _ = _mlp(block, cfg, x + y)
                 states.append(new)
             return x, states
 

@@ -93,6 +93,11 @@ def param_count(cfg: Config) -> int:
     return blocks.count(init, cfg)
 
 
+def active_param_count(cfg: Config) -> int:
+    """Parameters that one token meets: of a mixture, those of its own experts."""
+    return param_count(cfg) - cfg.idle_weights()
+
+
 def state_bytes(cfg: Config) -> int:
     """Bytes of float32 state for one sequence."""
     return cfg.trunk_state_bytes()
@@ -104,6 +109,6 @@ def flops_per_token(cfg: Config, length: int) -> int:
 
 
 __all__ = [
-    "Config", "apply", "flops_per_token", "hidden", "init", "init_state", "logits", "param_count",
-    "state_bytes", "step",
+    "Config", "active_param_count", "apply", "flops_per_token", "hidden", "init", "init_state", "logits",
+    "param_count", "state_bytes", "step",
 ]  # fmt: skip

@@ -50,6 +50,7 @@ MAMBA, MAMBA2 = _pattern(_layer("mamba")), _pattern(_layer("mamba2"))
 GRIFFIN = _pattern(*[_layer("rg_lru", heads=10)] * 2, _layer("attention", heads=10, kv_heads=1, window=2048))
 MLSTM, SLSTM = _layer("mlstm"), _layer("slstm")
 BARE = {"mlp": "none"}
+JAMBA = {"heads": 32, "kv_heads": 8, "rope_base": None, "max_length": 262_144}
 
 PUBLISHED: dict[str, Published] = {
     "mamba-130m": Published(MAMBA, _model(768, 24, NEOX, **BARE), 129_135_360, "arXiv 2312.00752"),
@@ -84,6 +85,12 @@ PUBLISHED: dict[str, Published] = {
     ),
     "griffin-2b": Published(
         GRIFFIN, _model(2560, 26, 256_000, expansion=3.0), 2.7e9, "RecurrentGemma, arXiv 2404.07839"
+    ),
+    "jamba-52b": Published(
+        _pattern(*[_layer("mamba")] * 4, _layer("attention", **JAMBA), *[_layer("mamba")] * 3),
+        _model(4096, 32, 65_536, expansion=3.5, tie=False, moe_every=2, experts=16),
+        52e9,
+        "arXiv 2403.19887",
     ),
 }
 

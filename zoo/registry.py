@@ -37,7 +37,7 @@ LAYERS: dict[str, Entry] = {
     "dss": Entry(
         "s4d",
         "convolution",
-        {"tied": True, "separate_dt": True},
+        {"sets": 1, "separate_dt": True},
         paper="2203.14343",
         what="DSS: a diagonal state space whose modes all channels share.",
     ),
@@ -90,12 +90,19 @@ LAYERS: dict[str, Entry] = {
     "log_linear_attention": Entry("log_linear_attention", "chunkwise"),
     "base_conv": Entry("base_conv", "convolution"),
     "mixture_of_memories": Entry("mixture_of_memories", "chunkwise"),
+    "bmojo": Entry("bmojo", "chunkwise"),
     "titans": Entry("titans", "chunkwise"),
     "omega_net": Entry(
         "atlas",
         "chunkwise",
         paper="2505.23735",
         what="OmegaNet: ATLAS without Muon, gradients over a window of tokens.",
+    ),
+    "atlas": Entry(
+        "atlas",
+        "chunkwise",
+        {"muon": True},
+        what="ATLAS: gradients over a window of tokens, orthogonal steps (Muon).",
     ),
     "lact": Entry("lact", "chunkwise"),
     "titans_mac": Entry("titans_mac", "chunkwise"),

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels.attention import cache as caches
+from pallas_kernels.attention.parts import Part, weigh
 from pallas_kernels.chunks import join_time, split_time
 
 # Rows of the score matrix formed at once.
@@ -15,10 +16,10 @@ def _pad_front(x: Array, before: int, after: int, value=0) -> Array:
     return jnp.pad(x, ((0, 0), (before, after), *((0, 0),) * (x.ndim - 2)), constant_values=value)
 
 
-def attention(q, k, v, cache, segment_ids=None, extra=None, *, fresh=False):
+def attention(q, k, v, cache, segment_ids=None, extra=None, *, fresh=False, delay=0, part=False):
     """A scan over query blocks, each with the window of new keys before it and the cached ones.
 
-    `fresh`: the cache is known to be empty, so it is not looked at.
+    `fresh`: the cache is known to be empty, so it is not looked at. `part`: with the log of every sum.
     """
     steps, span = q.shape[1], cache.slots.shape[1]
     where = caches.positions(cache.length, segment_ids, steps)
@@ -35,7 +36,7 @@ def attention(q, k, v, cache, segment_ids=None, extra=None, *, fresh=False):
 
     def score(q, queries, keys, key_positions, same):
         age = queries[:, :, None] - key_positions[:, None, :]
-        visible = (age >= 0) & (age < span) & same
+        visible = (age >= delay) & (age < span) & same
         logits = jnp.einsum("bigrk,bjgk->bgrij", q, keys)
         return jnp.where(visible[:, None, None], logits, -jnp.inf)
 
@@ -53,14 +54,15 @@ def attention(q, k, v, cache, segment_ids=None, extra=None, *, fresh=False):
             logits = jnp.concatenate([logits, cached], -1)
         if extra is not None:
             logits = jnp.concatenate([logits, jnp.einsum("bigrk,pgk->bgrip", q, extra[0])], -1)
-        weights = jax.nn.softmax(logits, -1)
+        weights, lse = weigh(logits) if part else (jax.nn.softmax(logits, -1), None)
         out = jnp.einsum("bgrij,bjgv->bigrv", weights[..., : reach + block], near[1])
         if not fresh:
             seen = slice(reach + block, reach + block + span)
             out += jnp.einsum("bgrij,bjgv->bigrv", weights[..., seen], cache.v)
         if extra is not None:
             out += jnp.einsum("bgrip,pgv->bigrv", weights[..., -extra[0].shape[0] :], extra[1])
-        return start + block, out.reshape(*out.shape[:2], -1, out.shape[-1])
+        out = out.reshape(*out.shape[:2], -1, out.shape[-1])
+        return start + block, Part(out, jnp.moveaxis(lse, 3, 1).reshape(out.shape[:3])) if part else out
 
     # Padded queries repeat the last position: they see something, and their output is cut off.
     inputs = (
@@ -69,4 +71,22 @@ def attention(q, k, v, cache, segment_ids=None, extra=None, *, fresh=False):
         split_time(ids, block, edge=True),
     )
     _, out = jax.lax.scan(jax.checkpoint(body), 0, inputs)
-    return join_time(out, steps), final
+    return jax.tree.map(lambda x: join_time(x, steps), out), final
+
+
+def chosen_attention(q, keys, values, index):
+    """A scan over query blocks, each of which gathers the keys chosen for its queries."""
+    rows = jnp.arange(q.shape[0])[:, None, None]
+    groups, block = keys.shape[2], min(QUERY_BLOCK, q.shape[1])
+
+    def body(_, inputs):
+        q, index = inputs
+        # Where nothing is chosen the index is -1: it gathers something, and the mask drops it.
+        k, v = keys[rows, index], values[rows, index]
+        logits = jnp.einsum("bigrk,bisgk->bigrs", q.reshape(*q.shape[:2], groups, -1, q.shape[-1]), k)
+        weights, lse = weigh(jnp.where((index >= 0)[:, :, None, None], logits, -jnp.inf))
+        out = jnp.einsum("bigrs,bisgv->bigrv", weights, v)
+        return None, Part(out.reshape(*q.shape[:3], -1), lse.reshape(q.shape[:3]))
+
+    _, out = jax.lax.scan(jax.checkpoint(body), None, (split_time(q, block), split_time(index, block)))
+    return jax.tree.map(lambda x: join_time(x, q.shape[1]), out)

@@ -51,7 +51,7 @@ def vandermonde(a: Inexact[Array, "D M"], weight: Inexact[Array, "D M"], length:
 
 def cauchy(
     lam: Complex[Array, "D M"],
-    p: Complex[Array, "D M"],
+    p: Complex[Array, "*R D M"],
     b: Complex[Array, "D M"],
     c_tilde: Complex[Array, "D M"],
     dt: Float[Array, "D"],
@@ -59,8 +59,8 @@ def cauchy(
 ) -> Float[Array, "D L"]:
     """`K_j = C A^j B`, j < length, A and B the bilinear discretisation of `diag(lam) - p p*` and b.
 
-    `c_tilde = C (I - A^length)`, over conjugate pairs. Truncated generating function at the roots of
-    unity: Gu et al. 2021 (arXiv 2111.00396) theorem 3 and algorithm 1.
+    `p [R,D,M]` is a sum of R such terms; `c_tilde = C (I - A^length)`, over conjugate pairs. Truncated
+    generating function at the roots of unity: Gu et al. 2021 (arXiv 2111.00396) theorem 3 and algorithm 1.
     """
     return kernels.cauchy(lam, p, b, c_tilde, dt, length)
 
@@ -102,7 +102,7 @@ def diagonal_ssm_step(
 def dplr_ssm(
     u: Float[Array, "B T D"],
     lam: Complex[Array, "D M"],
-    p: Complex[Array, "D M"],
+    p: Complex[Array, "*R D M"],
     b: Complex[Array, "D M"],
     c: Complex[Array, "D M"],
     dt: Float[Array, "D"],
@@ -113,8 +113,9 @@ def dplr_ssm(
 ) -> tuple[Float[Array, "B T D"], Complex[Array, "B D M"]]:
     """`x' = A x + b u`, `y = C x` with `A = diag(lam) - p p*`, by the bilinear rule with step dt:
 
-    `(I - dt/2 A) x_t = (I + dt/2 A) x_{t-1} + dt b u_t`. All vectors are over conjugate pairs, Re lam < 0.
-    The output has u's dtype, the state lam's. Raises ValueError for an unknown implementation.
+    `(I - dt/2 A) x_t = (I + dt/2 A) x_{t-1} + dt b u_t`. `p [R,D,M]` is a sum of R such terms. All vectors
+    are over conjugate pairs, Re lam < 0. The output has u's dtype, the state lam's. Raises ValueError for an
+    unknown implementation.
 
     Gu et al. 2021 (arXiv 2111.00396) eq. 3 (discretisation) and theorem 2 (the linear-time step).
     """
@@ -129,7 +130,7 @@ def dplr_ssm(
 def dplr_ssm_step(
     u: Float[Array, "B D"],
     lam: Complex[Array, "D M"],
-    p: Complex[Array, "D M"],
+    p: Complex[Array, "*R D M"],
     b: Complex[Array, "D M"],
     c: Complex[Array, "D M"],
     dt: Float[Array, "D"],

@@ -1,5 +1,7 @@
 """Convolution kernels K_j = C A^j B of a state space, without stepping through time."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -44,25 +46,32 @@ def _inverse_dft(spectrum: Array, length: int) -> Array:
 
 
 def cauchy(lam: Array, p: Array, b: Array, c_tilde: Array, dt: Array, length: int) -> Array:
-    """Kernel of the bilinear discretisation of `A = diag(lam) - p p*`; arguments as in `api.py`.
+    """Kernel of the bilinear discretisation of `A = diag(lam) - sum_r p_r p_r*`; arguments as in `api.py`.
 
     With s(u, v) = dt sum_n u_n v_n / (2 (1 - z) - dt lam_n (1 + z)) the generating function
-    sum_j K_j z^j (j < length), at the roots of unity z, is
+    sum_j K_j z^j (j < length), at the roots of unity z, is for rank one
 
-        2 s(C~, B) - 2 (1 + z) s(C~, P) s(P*, B) / (1 + (1 + z) s(P*, P)).
+        2 s(C~, B) - 2 (1 + z) s(C~, P) s(P*, B) / (1 + (1 + z) s(P*, P)),
 
-    The textbook factors 2/(1 + z) are multiplied out: z = -1 is an ordinary point.
+    and for more of them the same correction of all s(u, v), one rank after the other. The textbook factors
+    2/(1 + z) are multiplied out: z = -1 is an ordinary point.
     """
     half = length // 2 + 1
     roots = np.exp(-2j * np.pi * np.arange(half) / length)
     z = jnp.asarray(np.concatenate([roots, roots.conj()]), lam.dtype)
     poles = dt[:, None, None] / (2 * (1 - z) - (dt[:, None] * lam)[..., None] * (1 + z))
-    pairs = jnp.stack([c_tilde * b, c_tilde * p, jnp.conj(p) * b, jnp.conj(p) * p], 1)
-    sums = jnp.einsum("dqn,dnz->dqz", pairs, poles)
+    p = p.reshape(-1, *lam.shape)
+    rows, columns = [c_tilde, *jnp.conj(p)], [b, *p]
+    sums = jnp.einsum("dqn,dnz->dqz", jnp.stack([u * v for u in rows for v in columns], 1), poles)
     # The conjugate half at z is the conjugate of the stored half at conj(z): not twice a real part.
-    cb, cp, pb, pp = jnp.moveaxis(sums[..., :half] + jnp.conj(sums[..., half:]), 1, 0)
+    flat = list(jnp.moveaxis(sums[..., :half] + jnp.conj(sums[..., half:]), 1, 0))
+    table = [[flat.pop(0) for _ in columns] for _ in rows]
     shift = 1 + z[:half]
-    return _inverse_dft(2 * cb - 2 * shift * cp * pb / (1 + shift * pp), length)
+    for r in range(1, len(rows)):
+        rest = (0, *range(r + 1, len(rows)))
+        for i, j in itertools.product(rest, rest):
+            table[i][j] -= shift * table[i][r] * table[r][j] / (1 + shift * table[r][r])
+    return _inverse_dft(2 * table[0][0], length)
 
 
 def truncate(c: Array, c_power: Array) -> Array:

@@ -25,29 +25,43 @@ def diagonal_step(state: Array, u: Array, a: Array, b: Array, c: Array) -> tuple
 
 
 class Bilinear(NamedTuple):
-    """`A = diag(lam) - p p*` with step dt, ready for `(I - dt/2 A) x_t = (I + dt/2 A) x_{t-1} + dt B u_t`."""
+    """`A = diag(lam) - sum_r p_r p_r*` for `(I - dt/2 A) x_t = (I + dt/2 A) x_{t-1} + dt B u_t`."""
 
     forward: Array  # [D,M] 1 + dt/2 lam
     inverse: Array  # [D,M] 1 / (1 - dt/2 lam)
-    p: Array  # [D,M] sqrt(dt/2) p
-    correction: Array  # [D,M] inverse p / (1 + p* inverse p)
+    p: Array  # [R,D,M] sqrt(dt/2) p
+    correction: Array  # [R,D,M] column r of the solve once the columns before it are in
     b: Array  # [D,M] dt B
 
 
+def _subtract(x: Array, columns, rows) -> Array:
+    """`x - column (row* x)` for one pair after the other; `x [..., D, M]`."""
+    for column, row in zip(columns, rows, strict=False):
+        x = x - column * inner(jnp.conj(row), x)[..., None]
+    return x
+
+
 def bilinear(lam: Array, p: Array, b: Array, dt: Array) -> Bilinear:
-    """Discretise `lam, p, b [D,M]` with `dt [D]`; the solve is Woodbury's for a diagonal plus rank one."""
+    """Discretise `lam, b [D,M]`, `p [D,M]` or `[R,D,M]` with `dt [D]`.
+
+    The solve is Woodbury's for a diagonal plus rank R, one rank after the other (Sherman-Morrison).
+    """
     half = dt[:, None] / 2
     inverse = 1 / (1 - half * lam)
-    p = jnp.sqrt(half) * p
-    correction = inverse * p / (1 + inner(jnp.conj(p), inverse * p))[:, None]
-    return Bilinear(1 + half * lam, inverse, p, correction, dt[:, None] * b)
+    p = (jnp.sqrt(half) * p).reshape(-1, *lam.shape)
+    corrections: list[Array] = []
+    for column in p:
+        solved = _subtract(inverse * column, corrections, p)
+        corrections.append(solved / (1 + inner(jnp.conj(column), solved))[:, None])
+    return Bilinear(1 + half * lam, inverse, p, jnp.stack(corrections), dt[:, None] * b)
 
 
 def dplr_advance(state: Array, system: Bilinear, drive: Array | float = 0.0) -> Array:
     """`(I - dt/2 A)^{-1} ((I + dt/2 A) x + drive)` in linear time; `state`, `drive` `[..., D, M]`."""
-    conj = jnp.conj(system.p)
-    x = system.inverse * (system.forward * state - system.p * inner(conj, state)[..., None] + drive)
-    return x - system.correction * inner(conj, x)[..., None]
+    x = system.forward * state
+    for column in system.p:
+        x = x - column * inner(jnp.conj(column), state)[..., None]
+    return _subtract(system.inverse * (x + drive), system.correction, system.p)
 
 
 def dplr_step(state: Array, u: Array, system: Bilinear, c: Array) -> tuple[Array, Array]:
