@@ -6,13 +6,18 @@ PYTHON ?= $(shell for p in python3.12 python3.13 python3 "$$(pyenv prefix 2>/dev
 ZOO = .venv/bin/zoo
 READY = .venv/.ready
 
-.PHONY: quickstart test lint bench pins clean
+.PHONY: quickstart test test-deep test-all lint bench pins clean
 
 quickstart: $(READY)  ## train five families and attention on one task, and put them side by side
 	$(ZOO) compare quickstart
 
-test: $(READY)  ## the whole test suite
-	.venv/bin/python -m pytest -n 2
+test: $(READY)  ## the tests of every round of work
+	.venv/bin/python -m pytest -n 2 -m "not deep"
+
+test-deep: $(READY)  ## bfloat16, extreme gates, 65,536 tokens, sharding and resumed training of every layer
+	.venv/bin/python -m pytest -n 2 -m deep
+
+test-all: test test-deep  ## the whole test suite
 
 lint: $(READY)  ## style, formatting, types
 	.venv/bin/ruff check .

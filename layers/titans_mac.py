@@ -17,6 +17,10 @@ Source: Behrouz, Zhong, Mirrokni 2024 (arXiv 2501.00663) sec. 4.1 (context), 3.1
 memory, here learned directly as keys and values). The paper lets every token of a segment see all that was
 recalled for it, which tells of tokens to come: hence j <= i here. It writes `y * M(y)` for the output; norms
 and the sigmoid are its gating of sec. 4.2 with a nonlinearity of our choice. There is no short convolution.
+
+The memory learns from outputs that contain what it recalled, and for some parameters that loop is chaotic: of
+nine draws at width 8, gradients of one grew by e^0.004 a token (1e9 after 4,096 tokens of a document), those
+of the others stayed near 1.
 """
 
 from dataclasses import dataclass
