@@ -75,6 +75,9 @@ ROWS = {
     "ttt_mlp": registry.config("ttt_mlp", WIDTH, heads=2, chunk=8, expand=2, conv=0, gate=False),
 }
 
+# One row for every file in layers/: `make test`. Those of other settings: `make test-deep`.
+FIRST_ROWS = set({registry.module(cfg): name for name, cfg in reversed(ROWS.items())}.values())
+
 # Full attention is quadratic in T: the very long sequence runs through its windowed row only.
 LONG_ROWS = {name: cfg for name, cfg in ROWS.items() if name != "attention"}
 

@@ -15,24 +15,27 @@ from chains import Link, assert_close, smooth, through, with_gradients
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh, PartitionSpec
-from rows import CHAOTIC, LONG_ROWS, ROWS, WIDTH
+from rows import CHAOTIC, FIRST_ROWS, LONG_ROWS, ROWS, WIDTH
 
 from zoo import registry
 
 # Relative RMS error of bfloat16 activations against float32 ones.
 BF16_BOUND = 4e-2
-# 37 = 1 + 3 * 12: cut into one token and pieces no boundary is one of a chunk. No other length is compiled.
+# 37 = 1 + 3 * 12: cut into one token and pieces, no boundary is one of a chunk. No other length is compiled.
 LENGTH, PIECE = 37, 12
+
+
+# Checked at every change of the project, but not needed in every round of work: `make test-deep`.
+deep = pytest.mark.deep
 
 
 def rows(names):
     """One case per row; conftest.py runs all tests of a row in one process, one after the other."""
-    return pytest.mark.parametrize("name", list(names))
+    marked = [pytest.param(name, marks=() if name in FIRST_ROWS else deep) for name in names]
+    return pytest.mark.parametrize("name", marked)
 
 
 by_row = rows(ROWS)
-# Checked at every change of the project, but not needed in every round of work: `make test-all`.
-deep = pytest.mark.deep
 
 
 _present = []
@@ -74,7 +77,6 @@ class Verbs(NamedTuple):
     plain: Callable  # apply, not compiled
     apply: Callable  # links of a chain
     step: Callable
-    wrapped: Callable  # apply under vmap and remat
 
 
 @functools.cache
@@ -89,19 +91,11 @@ def verbs(name):
     def step(params, x_t, state, _):
         return layer.step(params, cfg, x_t, state)
 
-    def wrapped(params, x, state, _):
-        """Every row of the batch by itself, as a batch of one."""
-        x, state = jax.tree.map(lambda a: a[:, None], (x, state))
-        out = jax.vmap(jax.checkpoint(apply), in_axes=(None, 0, 0))(params, x, state)
-        return jax.tree.map(lambda a: a[:, 0], out)
-
-    return Verbs(apply, *map(with_gradients, (apply, step, wrapped)))
+    return Verbs(apply, with_gradients(apply), with_gradients(step))
 
 
 def in_pieces(name, x, *cuts):
-    """Those of the usual length under vmap and remat: a program that has to be tested and none more."""
-    pieces = jnp.split(x, cuts, 1)
-    return [Link(verbs(name).wrapped if p.shape[1] == PIECE else verbs(name).apply, p) for p in pieces]
+    return [Link(verbs(name).apply, piece) for piece in jnp.split(x, cuts, 1)]
 
 
 def by_steps(name, x):
@@ -131,11 +125,12 @@ def test_step_equals_apply(name):
 
 @by_row
 def test_pieces_equal_the_whole(name):
-    """One token, then pieces that begin and end inside chunks, under vmap and remat (`verbs`)."""
+    """One token, then pieces that begin and end inside chunks."""
     (params, x, state), result = whole(name)
     assert_close(through(in_pieces(name, x, *range(1, LENGTH, PIECE)), params, state), result)
 
 
+@deep
 @by_row
 def test_no_state_is_the_empty_state(name):
     layer, cfg, params, x = setup(name, PIECE)
@@ -310,11 +305,20 @@ def test_state_is_constant_and_documented(name, float32):
     assert jax.tree.map(lambda s: (s.shape, s.dtype), stepped) == shapes
 
 
+@deep
 @by_row
-def test_donated_state(name):
+def test_vmap_remat_and_donation(name):
     (params, x, state), _ = whole(name)
-    x = x[:, :1]
+    x = x[:, :PIECE]
+
+    def one_by_one(params, x, state, _):
+        """Every row of the batch by itself, as a batch of one."""
+        x, state = jax.tree.map(lambda a: a[:, None], (x, state))
+        out = jax.vmap(jax.checkpoint(verbs(name).plain), in_axes=(None, 0, 0))(params, x, state)
+        return jax.tree.map(lambda a: a[:, 0], out)
+
     expected = through(in_pieces(name, x), params, state)
+    assert_close(through([Link(with_gradients(one_by_one), x)], params, state), expected)
     donating = jax.jit(verbs(name).plain, donate_argnums=2)
     assert_close(donating(params, x, jax.tree.map(jnp.array, state)), expected.outputs)
 

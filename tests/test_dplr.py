@@ -91,6 +91,7 @@ def test_documents_are_apart(decay, separate):
     assert_close(result[0], naive(*args, starts))
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize("decay", ["head", "channel"])
 def test_extreme_decay(decay):
     """Decays of up to e^-50 a token, among tokens that keep everything."""

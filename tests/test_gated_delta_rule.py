@@ -123,6 +123,7 @@ def test_gradient_of_the_inverse():
     check_grads(lambda a: unit_lower_inverse(jnp.tril(a, -1)), (a,), 1, ["rev"], atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize("decay", ["head", "channel"])
 def test_extreme_decay(decay):
     """Decays of up to e^-50 a token, among tokens that keep everything."""

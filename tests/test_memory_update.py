@@ -164,6 +164,7 @@ def test_clip_bounds_every_gradient():
         np.testing.assert_allclose(size, 0.5 * rate[:, 0], rtol=1e-3)
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize("gate", [0.0, -60.0])
 def test_extreme_gates_are_finite(gate, float32):
     """Everything kept or everything forgotten, large repeated keys and values, in float32."""

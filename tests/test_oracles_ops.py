@@ -276,6 +276,7 @@ def error(ours, theirs):
     return float(np.linalg.norm(ours - theirs) / max(np.linalg.norm(theirs), 1e-300))
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_op_equals_published_code(name):
     _, outputs, ours, gradients, our_gradients = both(name)

@@ -87,6 +87,7 @@ def test_different_segments_in_each_row():
     assert_equals_reference(inputs(67), ids=jnp.array([[4] * 20 + [5] * 47, [1] * 65 + [0] * 2]))
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize("dt", [0.0, 1e-12, 50.0, 1e4])
 def test_extreme_steps(dt):
     """From a decay of exactly 1 to one of exactly 0, also in float32."""

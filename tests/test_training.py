@@ -346,6 +346,7 @@ def work(directory, what):
     return subprocess.run(command, env=environment, timeout=150).returncode
 
 
+@pytest.mark.deep
 def test_a_killed_run_continues_exactly(straight, tmp_path):
     """SIGKILL after step 7, in one process; the rest in another: all as in a third without interruption."""
     assert work(tmp_path, "kill") == -signal.SIGKILL
