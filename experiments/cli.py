@@ -67,7 +67,7 @@ def _config(options, rest: list[str]):
 def _train(options, rest: list[str]) -> int:
     from experiments.config import Run
     from experiments.train import train
-    from layers.common import require
+    from layers.checks import require
 
     run, directory = _config(options, rest)
     require(isinstance(run, Run), f"{options.config!r} is a comparison: use `zoo compare {options.config}`")
@@ -88,7 +88,7 @@ def _print_summary(values: dict) -> None:
 
 def _compare(options, rest: list[str]) -> int:
     from experiments.compare import Comparison, compare
-    from layers.common import require
+    from layers.checks import require
 
     comparison, directory = _config(options, rest)
     require(

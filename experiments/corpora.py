@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 
 from experiments.tokenizer import first_line
-from layers.common import require
+from layers.checks import require
 
 SUFFIXES = {".txt", ".jsonl", ".parquet"}
 STDLIB_BYTES = 5_000_000

@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from layers.common import require
+from layers.checks import require
 from zoo.registry import unknown
 
 CONFIGS = Path(__file__).parent / "configs"

@@ -20,7 +20,7 @@ from experiments.sources import (
     require_types,
     uniform,
 )
-from layers.common import require
+from layers.checks import require
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,7 +35,7 @@ from experiments.sources import (
     uniform,
 )
 from experiments.tokenizer import first_line
-from layers.common import require
+from layers.checks import require
 
 HARMONICS = np.arange(1, 7)
 

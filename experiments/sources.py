@@ -21,7 +21,7 @@ from typing import Protocol, cast, runtime_checkable
 
 import numpy as np
 
-from layers.common import require
+from layers.checks import require
 
 IGNORED = -1
 Batch = dict[str, np.ndarray]

@@ -34,7 +34,7 @@ from experiments.sources import (
     require_types,
 )
 from experiments.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer, load_huggingface
-from layers.common import require, require_choice
+from layers.checks import require, require_choice
 
 
 @dataclass(frozen=True, kw_only=True)

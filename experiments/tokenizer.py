@@ -13,7 +13,7 @@ from typing import Protocol
 import numpy as np
 import tokenizers
 
-from layers.common import require
+from layers.checks import require
 
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[SEP]")
 

@@ -32,7 +32,7 @@ from experiments.directory import Directory
 from experiments.evaluate import evaluate
 from experiments.losses import model_losses
 from experiments.record import Recorder, Screen
-from layers.common import require
+from layers.checks import require
 from zoo import checkpoint, classifier, lm
 
 

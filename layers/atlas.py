@@ -48,26 +48,10 @@ import numpy as np
 from flax import struct
 from jax import Array
 
-from layers.common import (
-    Params,
-    conv_init,
-    conv_state,
-    dense,
-    l2_norm,
-    memory_gates,
-    memory_gates_init,
-    merge_heads,
-    require,
-    require_choice,
-    require_divides,
-    require_positive,
-    rms_norm,
-    short_conv,
-    short_conv_step,
-    split_heads,
-    weight,
-    wide,
-)
+from layers.checks import require, require_above_zero, require_choice, require_divides, require_positive
+from layers.common import Params, conv_init, conv_state, convolved, convolved_step, dense, weight, wide
+from layers.heads import gated_output, unit_thirds
+from layers.memories import gate_logits, initial_memory, initial_memory_init, memory_gates, memory_gates_init
 from pallas_kernels.memory_update import (
     NEWTON_SCHULZ,
     Memory,
@@ -102,8 +86,7 @@ class Config:
         require_divides(self, "heads", "width")
         require_choice(self, "newton_schulz", tuple(NEWTON_SCHULZ))
         require(self.degree <= 2, f"atlas: degree={self.degree} must be 1 or 2")
-        for name in ("step_size", "floor", "max_rate"):
-            require(getattr(self, name) > 0, f"atlas: {name}={getattr(self, name)} must be > 0")
+        require_above_zero(self, "step_size", "floor", "max_rate")
         require(self.clip is None or self.clip > 0, f"atlas: clip={self.clip} must be > 0 or None")
         require(self.conv >= 0, f"atlas: conv={self.conv} must be >= 0")
 
@@ -180,15 +163,13 @@ def init(key: Array, cfg: Config) -> Params:
         params[f"{name}_bias"] = jnp.zeros(cfg.heads)
     if cfg.conv:
         params["conv"] = conv_init(next(keys), cfg.conv, 3 * cfg.width)
-    for i, shape in enumerate(cfg.shapes):
-        params[f"memory_{i}"] = jax.random.normal(next(keys), shape) * shape[1] ** -0.5
-    return params
+    return params | initial_memory_init(keys, cfg.shapes)
 
 
 def init_state(cfg: Config, batch: int) -> State:
     return State(
         memory=empty_memory(cfg.shapes, batch, window=cfg.window),
-        conv=conv_state(batch, max(cfg.conv, 1), 3 * cfg.width),
+        conv=conv_state(batch, cfg.conv, 3 * cfg.width),
     )
 
 
@@ -204,15 +185,15 @@ def _features(params: Params, cfg: Config, x: Array) -> Array:
 
 def _streams(params: Params, cfg: Config, qkv: Array) -> tuple[Array, Array, Array]:
     """phi of q and k of unit length `[..., H, F]`, and v `[..., H, D]`."""
-    q, k, v = (split_heads(x, cfg.heads) for x in jnp.split(jax.nn.silu(qkv), 3, -1))
-    return _features(params, cfg, l2_norm(q)), _features(params, cfg, l2_norm(k)), v
+    q, k, v = unit_thirds(qkv, cfg.heads)
+    return _features(params, cfg, q), _features(params, cfg, k), v
 
 
 def _more(params: Params, cfg: Config, x: Array) -> dict:
     """gamma and mu, where the rule has them; `[..., H]`."""
 
     def gate(name: str, largest: float) -> Array:
-        return largest * jax.nn.sigmoid(wide(dense(x, params[f"w_{name}"])) + params[f"{name}_bias"])
+        return largest * jax.nn.sigmoid(gate_logits(params, name, x))
 
     return {
         "gain": gate("gain", 1 / cfg.window) if cfg.window > 1 else None,
@@ -220,13 +201,8 @@ def _more(params: Params, cfg: Config, x: Array) -> dict:
     }
 
 
-def _initial(params: Params, cfg: Config) -> tuple[Array, ...]:
-    return tuple(params[f"memory_{i}"] for i in range(cfg.depth))
-
-
 def _output(params: Params, x: Array, o: Array) -> Array:
-    o = merge_heads(rms_norm(o, params["norm_scale"]))
-    return dense(o * jax.nn.silu(dense(x, params["w_gate"])), params["w_out"])
+    return gated_output(params, o, jax.nn.silu(dense(x, params["w_gate"])))
 
 
 def apply(params, cfg, x, state=None, *, segment_ids=None, implementation=None):
@@ -234,12 +210,10 @@ def apply(params, cfg, x, state=None, *, segment_ids=None, implementation=None):
 
     `aux["surprise"]` is the mean inner loss per channel of v.
     """
-    conv = init_state(cfg, x.shape[0]).conv if state is None else state.conv
-    qkv = dense(x, params["w_qkv"])
-    if cfg.conv:
-        qkv, conv = short_conv(qkv, params["conv"], conv, segment_ids=segment_ids)
+    window = (init_state(cfg, x.shape[0]) if state is None else state).conv
+    qkv, conv = convolved(params, cfg, dense(x, params["w_qkv"]), window, segment_ids)
     (o, surprise), memory = memory_update(
-        _initial(params, cfg),
+        initial_memory(params, cfg.depth),
         *_streams(params, cfg, qkv),
         *memory_gates(params, x, cfg.max_rate),
         None if state is None else state.memory,
@@ -253,11 +227,9 @@ def apply(params, cfg, x, state=None, *, segment_ids=None, implementation=None):
 
 def step(params, cfg, x_t, state):
     """One token: `x_t [B,D] -> (y_t [B,D], State)`."""
-    qkv, conv = dense(x_t, params["w_qkv"]), state.conv
-    if cfg.conv:
-        qkv, conv = short_conv_step(qkv, params["conv"], conv)
+    qkv, conv = convolved_step(params, cfg, dense(x_t, params["w_qkv"]), state.conv)
     (o, _), memory = memory_update_step(
-        _initial(params, cfg),
+        initial_memory(params, cfg.depth),
         *_streams(params, cfg, qkv),
         *memory_gates(params, x_t, cfg.max_rate),
         state.memory,

@@ -27,20 +27,9 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
-from layers.common import (
-    Params,
-    conv_init,
-    conv_state,
-    dense,
-    merge_heads,
-    require,
-    require_divides,
-    require_positive,
-    rotary,
-    short_conv,
-    short_conv_step,
-    weight,
-)
+from layers.checks import require, require_divides, require_not_negative, require_positive, require_rotary
+from layers.common import Params, conv_init, conv_state, convolved, convolved_step, dense, rotary, weight
+from layers.heads import merge_heads
 from pallas_kernels.attention import (
     Cache,
     attention,
@@ -79,15 +68,12 @@ class Config:
             self.heads % self.G == 0,
             f"attention: kv_heads={self.kv_heads} does not divide heads={self.heads}",
         )
-        require(self.conv >= 0, f"attention: conv={self.conv} must be >= 0")
+        require_not_negative(self, "conv")
         require(
             self.sinks >= 0 and (self.sinks == 0 or self.window is not None),
             f"attention: sinks={self.sinks} must be >= 0, and 0 where window={self.window}",
         )
-        require(
-            self.rope_base is None or self.K % 2 == 0,
-            f"attention: rotary positions need an even head width, not {self.K}",
-        )
+        require_rotary(self, self.K)
 
     @property
     def G(self) -> int:
@@ -149,7 +135,7 @@ def init_state(cfg: Config, batch: int) -> State:
     sinks = jnp.zeros((batch, cfg.sinks, cfg.G, cfg.K))
     return State(
         cache=empty_cache(batch, cfg.span, cfg.G, cfg.K, cfg.K),
-        conv=conv_state(batch, max(cfg.conv, 1), cfg.channels),
+        conv=conv_state(batch, cfg.conv, cfg.channels),
         sink_k=sinks,
         sink_v=jnp.copy(sinks),
     )
@@ -160,8 +146,6 @@ def _heads(cfg: Config, qkv: Array, position: Array) -> tuple[Array, Array, Arra
     qkv = qkv.reshape(*qkv.shape[:-1], -1, cfg.K)
     q, k, v = jnp.split(qkv, [cfg.heads, cfg.heads + cfg.G], -2)
     q = q * cfg.K**-0.5
-    if cfg.rope_base is None:
-        return q, q, k, v
     farthest = jnp.minimum(position, cfg.sinks + cfg.span - 1)
     far = rotary(q, farthest, cfg.rope_base) if cfg.sinks else q
     return rotary(q, position, cfg.rope_base), far, rotary(k, position, cfg.rope_base), v
@@ -203,9 +187,7 @@ def apply(params, cfg, x, state=None, *, segment_ids=None, implementation=None):
     )
     cache = None if state is None else state.cache
     state = init_state(cfg, x.shape[0]) if state is None else state
-    qkv, conv = dense(x, params["w_qkv"]), state.conv
-    if cfg.conv:
-        qkv, conv = short_conv(qkv, params["conv"], conv, segment_ids=segment_ids)
+    qkv, conv = convolved(params, cfg, dense(x, params["w_qkv"]), state.conv, segment_ids)
     position = positions(state.cache.length, segment_ids, x.shape[1])
     q, far, k, v = _heads(cfg, qkv, position)
     sinks = state.sink_k, state.sink_v
@@ -221,9 +203,7 @@ def apply(params, cfg, x, state=None, *, segment_ids=None, implementation=None):
 
 def step(params, cfg, x_t, state):
     """One token: `x_t [B,D] -> (y_t [B,D], State)`."""
-    qkv, conv = dense(x_t, params["w_qkv"]), state.conv
-    if cfg.conv:
-        qkv, conv = short_conv_step(qkv, params["conv"], conv)
+    qkv, conv = convolved_step(params, cfg, dense(x_t, params["w_qkv"]), state.conv)
     position, sinks = state.cache.length, (state.sink_k, state.sink_v)
     q, far, k, v = _heads(cfg, qkv, position)
     if cfg.plain:

@@ -18,16 +18,9 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
-from layers.common import (
-    Params,
-    conv_init,
-    conv_state,
-    dense,
-    require_positive,
-    short_conv,
-    short_conv_step,
-    weight,
-)
+from layers.checks import require_positive
+from layers.common import Params, conv_init, conv_state, dense, weight
+from pallas_kernels.short_conv import short_conv, short_conv_step
 
 
 @dataclass(frozen=True)

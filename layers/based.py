@@ -23,17 +23,9 @@ import numpy as np
 from flax import struct
 from jax import Array
 
-from layers.common import (
-    Params,
-    dense,
-    dense_heads,
-    merge_heads,
-    require,
-    require_divides,
-    require_positive,
-    weight,
-    wide,
-)
+from layers.checks import require, require_divides, require_positive
+from layers.common import Params, dense, weight, wide
+from layers.heads import dense_heads, merge_heads
 from pallas_kernels.gated_linear_attention import (
     flops_per_token,
     gated_linear_attention,

@@ -34,20 +34,9 @@ from flax import struct
 from jax import Array
 
 from layers import mamba
-from layers.common import (
-    Params,
-    dense,
-    merge_heads,
-    require,
-    require_divides,
-    require_positive,
-    rms_norm,
-    rotary,
-    split_heads,
-    token_shift,
-    weight,
-    wide,
-)
+from layers.checks import require_divides, require_not_negative, require_positive, require_rotary
+from layers.common import Params, dense, rms_norm, token_shift, weight, wide
+from layers.heads import merge_heads, rotary_thirds
 from pallas_kernels.attention import (
     Cache,
     attention_part,
@@ -79,10 +68,8 @@ class Config:
     def __post_init__(self):
         require_positive(self, "width", "heads", "window", "F")
         require_divides(self, "heads", "width")
-        require(self.memories >= 0, f"bmojo: memories={self.memories} must be >= 0")
-        require(self.predict >= 0, f"bmojo: predict={self.predict} must be >= 0")
-        even = self.rope_base is None or self.K % 2 == 0
-        require(even, f"bmojo: rotary positions need an even head width, not width / heads = {self.K}")
+        require_not_negative(self, "memories", "predict")
+        require_rotary(self, self.K)
         hash(self.ssm)  # it checks itself
 
     @property
@@ -164,11 +151,7 @@ def _ssm_params(params: Params) -> Params:
 
 def _heads(cfg: Config, qkv: Array, position: Array) -> tuple[Array, Array, Array]:
     """Rotated and scaled q, rotated k, and v, `[..., H, K]`."""
-    q, k, v = (split_heads(y, cfg.heads) for y in jnp.split(qkv, 3, -1))
-    q = q * cfg.K**-0.5
-    if cfg.rope_base is None:
-        return q, k, v
-    return rotary(q, position, cfg.rope_base), rotary(k, position, cfg.rope_base), v
+    return rotary_thirds(qkv, cfg.heads, position, cfg.rope_base)
 
 
 def _fading_heads(params: Params, cfg: Config, q: Array, y: Array, position: Array):

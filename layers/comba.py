@@ -24,23 +24,10 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
-from layers.common import (
-    HeadDims,
-    Params,
-    conv_init,
-    conv_state,
-    convolved,
-    convolved_step,
-    dense,
-    dt_bias_init,
-    gated_output,
-    require_head_dims,
-    require_not_negative,
-    softplus_decay,
-    unit_heads,
-    weight,
-    wide,
-)
+from layers.checks import require_head_dims, require_not_negative
+from layers.common import Params, conv_init, conv_state, convolved, convolved_step, dense, weight, wide
+from layers.heads import HeadDims, gated_output, unit_heads
+from layers.state_spaces import dt_bias_init, softplus_decay
 from pallas_kernels.dplr import dplr, dplr_step, flops_per_token
 
 

@@ -35,8 +35,8 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
+from layers.checks import require, require_choice, require_divides, require_not_negative, require_positive
 from layers.common import (
-    HeadDims,
     Params,
     conv_init,
     conv_state,
@@ -44,17 +44,11 @@ from layers.common import (
     convolved_step,
     dense,
     low_rank,
-    merge_heads,
-    require,
-    require_choice,
-    require_divides,
-    require_not_negative,
-    require_positive,
     rms_norm,
-    split_heads,
     weight,
     wide,
 )
+from layers.heads import HeadDims, merge_heads, split_heads
 from pallas_kernels.feature_maps import FEATURE_MAPS
 from pallas_kernels.gated_linear_attention import (
     flops_per_token,

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
-from layers.common import Params, dense, orthogonal_gates, require_positive, weight, wide
+from layers.checks import require_positive
+from layers.common import Params, dense, orthogonal_gates, weight, wide
 from pallas_kernels.nonlinear_scan import nonlinear_scan
 
 

@@ -24,17 +24,9 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
-from layers.common import (
-    Params,
-    dense,
-    dense_heads,
-    merge_heads,
-    require,
-    require_positive,
-    rms_norm,
-    weight,
-    wide,
-)
+from layers.checks import require, require_positive
+from layers.common import Params, dense, rms_norm, weight, wide
+from layers.heads import dense_heads, merge_heads
 from pallas_kernels.gated_linear_attention import (
     flops_per_token,
     gated_linear_attention,

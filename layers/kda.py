@@ -25,27 +25,20 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
+from layers.checks import require, require_head_dims, require_not_negative, require_positive
 from layers.common import (
-    HeadDims,
     Params,
     conv_init,
     conv_state,
     convolved,
     convolved_step,
     dense,
-    dt_bias_init,
-    gated_output,
     low_rank,
-    require,
-    require_head_dims,
-    require_not_negative,
-    require_positive,
-    softplus_decay,
-    split_heads,
-    unit_heads,
     weight,
     wide,
 )
+from layers.heads import HeadDims, gated_output, split_heads, unit_heads
+from layers.state_spaces import dt_bias_init, softplus_decay
 from pallas_kernels.gated_delta_rule import flops_per_token, gated_delta_rule, gated_delta_rule_step
 
 

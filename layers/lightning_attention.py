@@ -20,17 +20,9 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
-from layers.common import (
-    Params,
-    dense,
-    merge_heads,
-    require,
-    require_divides,
-    require_not_negative,
-    require_positive,
-    rms_norm,
-    weight,
-)
+from layers.checks import require, require_divides, require_not_negative, require_positive
+from layers.common import Params, dense, rms_norm, weight
+from layers.heads import merge_heads
 from pallas_kernels.gated_linear_attention import (
     flops_per_token,
     gated_linear_attention,

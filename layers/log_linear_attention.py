@@ -27,23 +27,10 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
-from layers.common import (
-    HeadDims,
-    Params,
-    conv_init,
-    conv_state,
-    dense,
-    dt_bias_init,
-    gated_output,
-    require,
-    require_head_dims,
-    require_positive,
-    short_conv,
-    short_conv_step,
-    split_heads,
-    weight,
-    wide,
-)
+from layers.checks import require, require_head_dims, require_positive
+from layers.common import Params, conv_init, conv_state, dense, weight, wide
+from layers.heads import HeadDims, gated_output, split_heads
+from layers.state_spaces import dt_bias_init
 from pallas_kernels.attention import positions
 from pallas_kernels.chunks import segment_starts
 from pallas_kernels.gated_linear_attention import (
@@ -51,6 +38,7 @@ from pallas_kernels.gated_linear_attention import (
     gated_linear_attention,
     gated_linear_attention_step,
 )
+from pallas_kernels.short_conv import short_conv, short_conv_step
 
 
 @dataclass(frozen=True)

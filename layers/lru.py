@@ -20,15 +20,9 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
-from layers.common import (
-    Params,
-    dense_to_complex,
-    dense_to_real,
-    require,
-    require_positive,
-    state_space_output,
-    weight,
-)
+from layers.checks import require, require_positive
+from layers.common import Params, weight
+from layers.state_spaces import dense_to_complex, dense_to_real, state_space_output
 from pallas_kernels.diagonal_scan import diagonal_scan, diagonal_scan_step, flops_per_token
 
 

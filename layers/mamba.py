@@ -7,12 +7,14 @@ With E = expand * width channels, N states per channel and a step size of rank R
     h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T,     y_t = h_t C_t + D x_t,   h in R^{E x N}
     out = W_out( y * silu(z) )
 
-B and C are shared by all channels; r, B and C have R, N and N entries. There is no norm inside and the
-layer replaces both the mixer and the MLP of a block.
+B and C are shared by all channels; r, B and C have R, N and N entries. There is no norm inside, unless
+`inner_norm` puts an RMSNorm with a learned scale on each of r, B and C, and the layer replaces both the mixer
+and the MLP of a block.
 
 Source: Gu & Dao 2023 (arXiv 2312.00752), algorithm 2 and figure 3; initial values of sec. 3.6:
 A_log[c, n] = log(n + 1) for n = 0..N-1 (S4D-real), D = 1, W_dt uniform within 1/sqrt(R), softplus(b_dt)
-log-uniform in [1e-3, 1e-1], the remaining matrices uniform within 1/sqrt(fan in).
+log-uniform in [1e-3, 1e-1], the remaining matrices uniform within 1/sqrt(fan in). The inner norms are those
+of Jamba (Lieber et al. 2024, arXiv 2403.19887), against spikes of the loss at 7B parameters.
 """
 
 from dataclasses import dataclass
@@ -22,18 +24,11 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
-from layers.common import (
-    Params,
-    conv_init,
-    conv_state,
-    dense,
-    dt_bias_init,
-    require_positive,
-    short_conv,
-    short_conv_step,
-    wide,
-)
+from layers.checks import require_positive
+from layers.common import Params, conv_init, conv_state, dense, rms_norm, wide
+from layers.state_spaces import dt_bias_init
 from pallas_kernels.selective_scan import flops_per_token, selective_scan, selective_scan_step
+from pallas_kernels.short_conv import short_conv, short_conv_step
 
 
 @dataclass(frozen=True)
@@ -45,6 +40,7 @@ class Config:
     state_dim: int = 16  # N per channel
     conv: int = 4  # taps of the short convolution
     dt_rank: int | None = None  # R; default ceil(width / 16)
+    inner_norm: bool = False  # RMSNorm of r, B and C
 
     def __post_init__(self):
         require_positive(self, "width", "expand", "state_dim", "conv")
@@ -83,7 +79,8 @@ def init(key: Array, cfg: Config) -> Params:
     """As in the docstring of this module."""
     keys = iter(jax.random.split(key, 7))
     E, N, R = cfg.channels, cfg.state_dim, cfg.rank
-    return {
+    norms = {"dt_scale": jnp.ones(R), "b_scale": jnp.ones(N), "c_scale": jnp.ones(N)}
+    return (norms if cfg.inner_norm else {}) | {
         "w_in": _uniform(next(keys), cfg.width, cfg.width, 2 * E),
         "conv": conv_init(next(keys), cfg.conv, E),
         "conv_bias": _uniform(next(keys), cfg.conv, E),
@@ -107,6 +104,8 @@ def _dynamics(params: Params, cfg: Config, x: Array) -> tuple[Array, ...]:
     """The op's `(x, dt, a, b, c, d)` from the convolved stream `[..., E]`; dt and a at least float32."""
     x = jax.nn.silu(x + params["conv_bias"].astype(x.dtype))
     r, b, c = jnp.split(dense(x, params["w_x"]), [cfg.rank, cfg.rank + cfg.state_dim], -1)
+    if cfg.inner_norm:
+        r, b, c = (rms_norm(y, params[f"{name}_scale"]) for name, y in (("dt", r), ("b", b), ("c", c)))
     dt = jax.nn.softplus(wide(dense(r, params["w_dt"])) + params["dt_bias"])
     return x, dt, -jnp.exp(wide(params["A_log"])), b, c, params["D"]
 

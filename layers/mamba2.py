@@ -24,28 +24,16 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
-from layers.common import (
-    ExpandedHeads,
-    Params,
-    conv_init,
-    conv_state,
-    dense,
-    dt_bias_init,
-    merge_heads,
-    require,
-    require_expanded_heads,
-    require_positive,
-    rms_norm,
-    short_conv,
-    short_conv_step,
-    weight,
-    wide,
-)
+from layers.checks import require, require_expanded_heads, require_positive
+from layers.common import Params, conv_init, conv_state, dense, rms_norm, weight, wide
+from layers.heads import ExpandedHeads, merge_heads
+from layers.state_spaces import dt_bias_init
 from pallas_kernels.gated_linear_attention import (
     flops_per_token,
     gated_linear_attention,
     gated_linear_attention_step,
 )
+from pallas_kernels.short_conv import short_conv, short_conv_step
 
 
 @dataclass(frozen=True)

@@ -34,22 +34,10 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
-from layers.common import (
-    ExpandedHeads,
-    Params,
-    dense,
-    dt_bias_init,
-    merge_heads,
-    require,
-    require_expanded_heads,
-    require_positive,
-    rms_norm,
-    rotate,
-    split_heads,
-    token_shift,
-    weight,
-    wide,
-)
+from layers.checks import require, require_expanded_heads, require_positive
+from layers.common import Params, dense, rms_norm, rotate, token_shift, weight, wide
+from layers.heads import ExpandedHeads, merge_heads, split_heads
+from layers.state_spaces import dt_bias_init
 from pallas_kernels.chunks import segment_starts
 from pallas_kernels.gated_linear_attention import flops_per_token, gated_linear_attention
 

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
+from layers.checks import require_not_negative, require_positive
 from layers.common import (
     Params,
     conv_init,
@@ -26,8 +27,6 @@ from layers.common import (
     convolved_step,
     dense,
     positive,
-    require_not_negative,
-    require_positive,
     weight,
     wide,
 )

@@ -33,24 +33,16 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
-from layers.common import (
-    Params,
-    conv_init,
-    conv_state,
-    convolved,
-    convolved_step,
-    dense,
-    gated_output,
+from layers.checks import (
     require,
     require_above_zero,
     require_choice,
     require_divides,
     require_not_negative,
     require_positive,
-    unit_thirds,
-    weight,
-    wide,
 )
+from layers.common import Params, conv_init, conv_state, convolved, convolved_step, dense, weight, wide
+from layers.heads import gated_output, unit_thirds
 from pallas_kernels.memory_update import (
     LOSSES,
     RETENTIONS,

@@ -37,30 +37,14 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
-from layers.common import (
-    HeadDims,
-    Params,
-    conv_init,
-    conv_state,
-    dense,
-    dense_heads,
-    dt_bias_init,
-    l2_norm,
-    merge_heads,
-    require,
-    require_choice,
-    require_head_dims,
-    require_not_negative,
-    require_positive,
-    rms_norm,
-    short_conv,
-    short_conv_step,
-    split_heads,
-    weight,
-    wide,
-)
+from layers.checks import require, require_choice, require_head_dims, require_not_negative, require_positive
+from layers.common import Params, conv_init, conv_state, dense, l2_norm, rms_norm, weight, wide
+from layers.heads import HeadDims, dense_heads, merge_heads, split_heads
+from layers.routing import balance, route
+from layers.state_spaces import dt_bias_init
 from pallas_kernels import gated_delta_rule as delta
 from pallas_kernels import gated_linear_attention as gla
+from pallas_kernels.short_conv import short_conv, short_conv_step
 
 RULES = ("gated_delta", "mamba2", "gla", "linear")
 
@@ -170,25 +154,15 @@ def _unfold(x: Array, cfg: Config) -> Array:
     return x.reshape(x.shape[0] // cfg.all_memories, cfg.all_memories, *x.shape[1:])
 
 
-def _route(params: Params, cfg: Config, x: Array) -> tuple[Array, Array, Array]:
-    """Weights and choices `[B, M', ...]` (1 and true for the shared memory), probabilities `[B, ..., M]`."""
-    probabilities = jax.nn.softmax(dense(wide(x), params["w_router"]))
-    _, best = jax.lax.top_k(probabilities, cfg.top_k)
-    chosen = jnp.any(best[..., None] == jnp.arange(cfg.memories), -2)
-    weights = jnp.where(chosen, probabilities, 0)
-    weights = weights / jnp.sum(weights, -1, keepdims=True)
+def _route(params: Params, cfg: Config, x: Array) -> tuple[Array, Array, dict[str, Array]]:
+    """Weights and choices `[B, M', ...]` (1 and true for the shared memory), and the statistics of the batch,
+    which no output depends on."""
+    weights, chosen, probabilities = route(dense(wide(x), params["w_router"]), cfg.top_k)
+    loss, load, share = balance(chosen, probabilities)
+    aux = {"balance_loss": cfg.balance * loss, "router_load": load, "router_probability": share}
     if cfg.shared:
-        weights = jnp.concatenate([weights, jnp.ones_like(weights[..., :1])], -1)
-        chosen = jnp.concatenate([chosen, jnp.ones_like(chosen[..., :1])], -1)
-    return jnp.moveaxis(weights, -1, 1), jnp.moveaxis(chosen, -1, 1), probabilities
-
-
-def _balance(cfg: Config, chosen: Array, probabilities: Array) -> dict[str, Array]:
-    """The loss and what each memory received; statistics of the batch, which no output depends on."""
-    load = jnp.mean(chosen[:, : cfg.memories], (0, 2), dtype=probabilities.dtype)
-    share = jnp.mean(probabilities, (0, 1))
-    loss = cfg.balance * cfg.memories * jnp.sum(load * share)
-    return {"balance_loss": loss, "router_load": load, "router_probability": share}
+        weights, chosen = (jnp.concatenate([a, jnp.ones_like(a[..., :1])], -1) for a in (weights, chosen))
+    return jnp.moveaxis(weights, -1, 1), jnp.moveaxis(chosen, -1, 1), aux
 
 
 def _per_memory(x: Array, w: Array) -> Array:
@@ -234,7 +208,7 @@ def apply(params, cfg, x, state=None, *, segment_ids=None, implementation=None):
     `router_probability [M]`.
     """
     state = init_state(cfg, x.shape[0]) if state is None else state
-    weights, chosen, probabilities = _route(params, cfg, x)
+    weights, chosen, aux = _route(params, cfg, x)
     folded_ids = None if segment_ids is None else jnp.repeat(segment_ids, cfg.all_memories, 0)
     mask = _fold(chosen)
     q, conv_query = dense(x, params["w_q"]), state.conv_query
@@ -251,7 +225,7 @@ def apply(params, cfg, x, state=None, *, segment_ids=None, implementation=None):
         implementation=implementation,
     )
     new = State(_unfold(memory, cfg), conv_query, _unfold(conv_write, cfg))
-    return _output(params, cfg, x, o, weights), new, _balance(cfg, chosen, probabilities)
+    return _output(params, cfg, x, o, weights), new, aux
 
 
 def step(params, cfg, x_t, state):

@@ -29,30 +29,16 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
-from layers.common import (
-    Params,
-    block_dense,
-    block_weight,
-    conv_init,
-    conv_state,
-    dense,
-    layer_norm,
-    merge_heads,
-    require,
-    require_positive,
-    short_conv,
-    short_conv_step,
-    split_heads,
-    token_shift,
-    weight,
-    wide,
-)
+from layers.checks import require, require_positive
+from layers.common import Params, conv_init, conv_state, dense, layer_norm, token_shift, weight, wide
+from layers.heads import block_dense, block_weight, merge_heads, split_heads
 from pallas_kernels.chunks import segment_starts
 from pallas_kernels.gated_linear_attention import (
     flops_per_token,
     gated_linear_attention,
     gated_linear_attention_step,
 )
+from pallas_kernels.short_conv import short_conv, short_conv_step
 
 
 @dataclass(frozen=True)

@@ -27,22 +27,9 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
-from layers.common import (
-    HeadDims,
-    Params,
-    conv_init,
-    conv_state,
-    convolved,
-    convolved_step,
-    dense,
-    gated_output,
-    require_above_zero,
-    require_head_dims,
-    require_not_negative,
-    unit_heads,
-    weight,
-    wide,
-)
+from layers.checks import require_above_zero, require_head_dims, require_not_negative
+from layers.common import Params, conv_init, conv_state, convolved, convolved_step, dense, weight, wide
+from layers.heads import HeadDims, gated_output, unit_heads
 from pallas_kernels.momentum_delta_rule import (
     flops_per_token,
     momentum_delta_rule,

@@ -21,18 +21,9 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
-from layers.common import (
-    Params,
-    dense,
-    dense_heads,
-    merge_heads,
-    require,
-    require_divides,
-    require_positive,
-    rms_norm,
-    rotary,
-    weight,
-)
+from layers.checks import require, require_divides, require_positive
+from layers.common import Params, dense, rms_norm, rotary, weight
+from layers.heads import dense_heads, merge_heads
 from pallas_kernels.attention import positions
 from pallas_kernels.gated_linear_attention import (
     flops_per_token,

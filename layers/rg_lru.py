@@ -25,22 +25,12 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
-from layers.common import (
-    Params,
-    block_dense,
-    block_weight,
-    conv_state,
-    dense,
-    require,
-    require_choice,
-    require_positive,
-    short_conv,
-    short_conv_step,
-    weight,
-    wide,
-)
+from layers.checks import require, require_choice, require_positive
+from layers.common import Params, conv_state, dense, weight, wide
+from layers.heads import block_dense, block_weight
 from pallas_kernels.chunks import segment_starts
 from pallas_kernels.diagonal_scan import diagonal_scan, diagonal_scan_step, flops_per_token
+from pallas_kernels.short_conv import short_conv, short_conv_step
 
 RINGS = ("a", "a^c")
 RADII = (0.9, 0.999)

@@ -25,19 +25,9 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
-from layers.common import (
-    Params,
-    dense,
-    layer_norm,
-    low_rank,
-    merge_heads,
-    require,
-    require_positive,
-    split_heads,
-    token_shift,
-    weight,
-    wide,
-)
+from layers.checks import require, require_positive
+from layers.common import Params, dense, layer_norm, low_rank, token_shift, weight, wide
+from layers.heads import merge_heads, split_heads
 from pallas_kernels.gated_linear_attention import (
     flops_per_token,
     gated_linear_attention,

@@ -29,20 +29,9 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
-from layers.common import (
-    Params,
-    dense,
-    l2_norm,
-    layer_norm,
-    low_rank,
-    merge_heads,
-    require,
-    require_positive,
-    split_heads,
-    token_shift,
-    weight,
-    wide,
-)
+from layers.checks import require, require_positive
+from layers.common import Params, dense, l2_norm, layer_norm, low_rank, token_shift, weight, wide
+from layers.heads import merge_heads, split_heads
 from pallas_kernels.dplr import dplr, dplr_step, flops_per_token
 
 # Each stream and the power of channel / width that its mu falls with.

@@ -45,18 +45,9 @@ import numpy as np
 from flax import struct
 from jax import Array
 
-from layers.common import (
-    Params,
-    hippo_legs,
-    log_uniform,
-    per_channel,
-    require,
-    require_choice,
-    require_positive,
-    require_sets,
-    state_space_output,
-    weight,
-)
+from layers.checks import require, require_choice, require_positive, require_sets
+from layers.common import Params, weight
+from layers.state_spaces import hippo_legs, log_uniform, per_channel, state_space_output
 from pallas_kernels.long_conv import diagonal_ssm, diagonal_ssm_step, flops_per_token
 
 INITS = ("lin", "inv", "legs", "real")

@@ -23,20 +23,9 @@ import numpy as np
 from flax import struct
 from jax import Array
 
-from layers.common import (
-    Params,
-    dense,
-    dense_to_complex,
-    dense_to_real,
-    hippo_legs,
-    log_uniform,
-    require,
-    require_choice,
-    require_positive,
-    state_space_output,
-    weight,
-    wide,
-)
+from layers.checks import require, require_choice, require_positive
+from layers.common import Params, dense, weight, wide
+from layers.state_spaces import dense_to_complex, dense_to_real, hippo_legs, log_uniform, state_space_output
 from pallas_kernels.diagonal_scan import diagonal_scan, diagonal_scan_step, flops_per_token
 
 GATES = ("half", "full")

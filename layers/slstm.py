@@ -24,24 +24,11 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
-from layers.common import (
-    Params,
-    block_dense,
-    block_weight,
-    conv_init,
-    conv_state,
-    dense,
-    layer_norm,
-    merge_heads,
-    require_divides,
-    require_positive,
-    short_conv,
-    short_conv_step,
-    split_heads,
-    weight,
-    wide,
-)
+from layers.checks import require_divides, require_positive
+from layers.common import Params, conv_init, conv_state, dense, layer_norm, weight, wide
+from layers.heads import block_dense, block_weight, merge_heads, split_heads
 from pallas_kernels.nonlinear_scan import nonlinear_scan
+from pallas_kernels.short_conv import short_conv, short_conv_step
 
 
 @dataclass(frozen=True)

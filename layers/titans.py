@@ -32,25 +32,17 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
-from layers.common import (
-    Params,
-    conv_init,
-    conv_state,
-    convolved,
-    convolved_step,
-    dense,
-    gated_output,
-    memory_gates,
-    memory_gates_init,
+from layers.checks import (
     require,
     require_above_zero,
     require_choice,
     require_divides,
     require_not_negative,
     require_positive,
-    unit_thirds,
-    weight,
 )
+from layers.common import Params, conv_init, conv_state, convolved, convolved_step, dense, weight
+from layers.heads import gated_output, unit_thirds
+from layers.memories import memory_gates, memory_gates_init
 from pallas_kernels.memory_update import (
     ACTIVATIONS,
     Memory,

@@ -23,20 +23,9 @@ from flax import struct
 from jax import Array
 
 from layers import titans
-from layers.common import (
-    Params,
-    dense,
-    merge_heads,
-    require,
-    require_choice,
-    require_divides,
-    require_not_negative,
-    require_positive,
-    rms_norm,
-    rotary,
-    split_heads,
-    weight,
-)
+from layers.checks import require, require_choice, require_divides, require_not_negative, require_positive
+from layers.common import Params, dense, rms_norm, rotary, weight
+from layers.heads import merge_heads, split_heads
 from pallas_kernels.attention import (
     Cache,
     attention,

@@ -33,24 +33,10 @@ from flax import struct
 from jax import Array
 
 from layers import titans
-from layers.common import (
-    Params,
-    dense,
-    l2_norm,
-    memory_gates,
-    memory_gates_init,
-    merge_heads,
-    require,
-    require_above_zero,
-    require_divides,
-    require_not_negative,
-    require_positive,
-    rms_norm,
-    rotary,
-    split_heads,
-    weight,
-    wide,
-)
+from layers.checks import require_divides, require_not_negative, require_positive, require_rotary
+from layers.common import Params, dense, l2_norm, rms_norm, weight, wide
+from layers.heads import merge_heads, rotary_thirds, split_heads, unit_thirds
+from layers.memories import initial_memory, initial_memory_init, memory_gates, memory_gates_init
 from pallas_kernels.attention import positions
 from pallas_kernels.chunks import number_runs, scan_tokens
 from pallas_kernels.dispatch import choose
@@ -79,15 +65,11 @@ class Config:
     clip: float | None = 1.0
 
     def __post_init__(self):
-        require_positive(self, "width", "heads", "segment", "depth", "expand")
+        require_positive(self, "width", "heads", "segment")
         require_divides(self, "heads", "width")
         require_not_negative(self, "persistent")
-        require(
-            self.rope_base is None or self.K % 2 == 0,
-            f"titans_mac: rotary positions need an even head width, not width / heads = {self.K}",
-        )
-        require_above_zero(self, "max_rate")
-        require(self.clip is None or self.clip > 0, f"titans_mac: clip={self.clip} must be > 0 or None")
+        require_rotary(self, self.K)
+        hash(self.memory)  # it checks itself
 
     @property
     def K(self) -> int:
@@ -149,9 +131,7 @@ def init(key: Array, cfg: Config) -> Params:
         shape = (cfg.persistent, cfg.heads, cfg.K)
         params["persistent_k"] = jax.random.normal(next(keys), shape)
         params["persistent_v"] = jax.random.normal(next(keys), shape)
-    for i, shape in enumerate(cfg.memory.shapes):
-        params[f"memory_{i}"] = jax.random.normal(next(keys), shape) * shape[1] ** -0.5
-    return params
+    return params | initial_memory_init(keys, cfg.memory.shapes)
 
 
 def init_state(cfg: Config, batch: int) -> State:
@@ -159,25 +139,16 @@ def init_state(cfg: Config, batch: int) -> State:
     return State(memory=empty_memory(cfg.memory.shapes, batch), k=none, v=none)
 
 
-def _initial(params: Params, cfg: Config) -> tuple[Array, ...]:
-    return tuple(params[f"memory_{i}"] for i in range(cfg.depth))
-
-
-def _query(params: Params, cfg: Config, x: Array) -> Array:
-    """Of the memory, `[..., H, K]`."""
-    return l2_norm(split_heads(jax.nn.silu(dense(x, params["w_memory_q"])), cfg.heads))
-
-
-def _projected(params: Params, cfg: Config, x: Array, place: Array) -> tuple[Array, Array, Array]:
-    """Rotated and scaled q, rotated k, and v, `[..., H, K]`."""
-    q, k, v = (split_heads(y, cfg.heads) for y in jnp.split(dense(x, params["w_qkv"]), 3, -1))
-    return rotary(q * cfg.K**-0.5, place, cfg.rope_base), rotary(k, place, cfg.rope_base), v
+def _tokens(params: Params, cfg: Config, x: Array, place: Array) -> _Tokens:
+    query = l2_norm(split_heads(jax.nn.silu(dense(x, params["w_memory_q"])), cfg.heads))
+    heads = rotary_thirds(dense(x, params["w_qkv"]), cfg.heads, place, cfg.rope_base)
+    return _Tokens(query, *heads, place)
 
 
 def _pairs_of_keys(params: Params, cfg: Config, recalled: Array, tokens: _Tokens) -> tuple[Array, Array]:
     """Keys and values of what was recalled and of the tokens, `[..., 2, H, K]`, at least float32."""
     h = rms_norm(merge_heads(recalled), params["recall_scale"])
-    _, k, v = _projected(params, cfg, h, tokens.place)
+    _, k, v = rotary_thirds(dense(h, params["w_qkv"]), cfg.heads, tokens.place, cfg.rope_base)
     return wide(jnp.stack([k, tokens.k], -3)), wide(jnp.stack([v, tokens.v], -3))
 
 
@@ -197,11 +168,13 @@ def _attention(params: Params, cfg: Config, q: Array, k: Array, v: Array, visibl
     return dense(o.reshape(batch, queries, -1), params["w_attention"])
 
 
-def _lesson(params: Params, cfg: Config, y: Array) -> tuple[Array, Array, Array, Array, Array, Array | None]:
-    """Query, key, value and gates of the memory for `y [..., D]`."""
-    k, v = jnp.split(jax.nn.silu(dense(y, params["w_memory_kv"])), 2, -1)
-    k, v = l2_norm(split_heads(k, cfg.heads)), split_heads(v, cfg.heads)
-    return _query(params, cfg, y), k, v, *memory_gates(params, y, cfg.max_rate)
+def _lesson(
+    params: Params, cfg: Config, y: Array
+) -> tuple[tuple[Array, ...], Array, Array, Array, Array, Array, Array | None]:
+    """Initial weights of the memory, and its query, key, value and gates for `y [..., D]`."""
+    qkv = jnp.concatenate([dense(y, params["w_memory_q"]), dense(y, params["w_memory_kv"])], -1)
+    gates = memory_gates(params, y, cfg.max_rate)
+    return initial_memory(params, cfg.depth), *unit_thirds(qkv, cfg.heads), *gates
 
 
 def _close(state: State) -> State:
@@ -212,7 +185,7 @@ def _close(state: State) -> State:
 
 def _one(state: State, tokens: _Tokens, *, params: Params, cfg: Config):
     """One token: `(state, (y [B,D], read [B,H,K], surprise [B,H]))`."""
-    initial, rule = _initial(params, cfg), cfg.memory.rule
+    initial, rule = initial_memory(params, cfg.depth), cfg.memory.rule
     recalled = memory_read(initial, tokens.query[:, None], state.memory, **rule)[:, 0]
     new = _pairs_of_keys(params, cfg, recalled, tokens)
     slots = jnp.arange(cfg.segment)
@@ -220,37 +193,27 @@ def _one(state: State, tokens: _Tokens, *, params: Params, cfg: Config):
     k, v = (jnp.where(here, n[:, None], old) for n, old in zip(new, (state.k, state.v), strict=True))
     visible = (slots <= state.phase[:, None])[:, None]
     y = _attention(params, cfg, tokens.q[:, None], k, v, visible)[:, 0]
-    (read, surprise), memory = memory_update_step(
-        initial, *_lesson(params, cfg, y), state=state.memory, **rule
-    )
+    (read, surprise), memory = memory_update_step(*_lesson(params, cfg, y), state=state.memory, **rule)
     return _close(State(memory=memory, k=k, v=v)), (y, read, surprise)
 
 
 def _many(state: State, tokens: _Tokens, group: Group, *, params: Params, cfg: Config):
     """The tokens of one group of a block."""
-    initial, rule = _initial(params, cfg), cfg.memory.rule
+    initial, rule = initial_memory(params, cfg.depth), cfg.memory.rule
     recalled = memory_read(initial, tokens.query, state.memory, **rule)
     new = _pairs_of_keys(params, cfg, recalled, tokens)
     slots, length = jnp.arange(cfg.segment), tokens.place.shape[1]
     # Tokens of other groups see themselves, so that no row of the softmax is empty.
     near = group.pairs[:, :-1] | jnp.eye(length, dtype=bool)
     before = (slots < state.phase[:, None])[:, None] & group.members[..., None]
-    k, v = (jnp.concatenate([old, n], 1) for n, old in zip(new, (state.k, state.v), strict=True))
+    old = state.k, state.v
+    k, v = (jnp.concatenate(both, 1) for both in zip(old, new, strict=True))
     y = _attention(params, cfg, tokens.q, k, v, jnp.concatenate([before, near], -1))
-    out, memory = memory_update_group(
-        initial, *_lesson(params, cfg, y), state=state.memory, group=group, **rule
-    )
+    out, memory = memory_update_group(*_lesson(params, cfg, y), state=state.memory, group=group, **rule)
     put = group.reaches[:, None] & (tokens.place[:, None] == slots[:, None])  # [B, slots, tokens]
     source, some = (x[..., None, None, None] for x in (jnp.argmax(put, -1), jnp.any(put, -1)))
-    k, v = (
-        jnp.where(some, jnp.take_along_axis(n, source, 1), old)
-        for n, old in zip(new, (state.k, state.v), strict=True)
-    )
+    k, v = (jnp.where(some, jnp.take_along_axis(n, source, 1), o) for n, o in zip(new, old, strict=True))
     return _close(State(memory=memory, k=k, v=v)), (y, *out)
-
-
-def _tokens(params: Params, cfg: Config, x: Array, place: Array) -> _Tokens:
-    return _Tokens(_query(params, cfg, x), *_projected(params, cfg, x, place), place)
 
 
 def _output(params: Params, y: Array, read: Array) -> Array:
@@ -259,9 +222,8 @@ def _output(params: Params, y: Array, read: Array) -> Array:
 
 
 def _by_tokens(params, cfg, tokens, state, fresh, runs):
-    return scan_tokens(
-        partial(_one, params=params, cfg=cfg), fresh if state is None else state, tokens, runs, fresh
-    )
+    state = fresh if state is None else state
+    return scan_tokens(partial(_one, params=params, cfg=cfg), state, tokens, runs, fresh)
 
 
 def _by_blocks(params, cfg, tokens, state, fresh, runs):

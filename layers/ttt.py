@@ -28,6 +28,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
+from layers.checks import require, require_choice, require_divides, require_not_negative, require_positive
 from layers.common import (
     Params,
     conv_init,
@@ -36,17 +37,11 @@ from layers.common import (
     convolved_step,
     dense,
     layer_norm,
-    merge_heads,
-    require,
-    require_choice,
-    require_divides,
-    require_not_negative,
-    require_positive,
     rotary,
-    split_heads,
     weight,
     wide,
 )
+from layers.heads import merge_heads, split_heads
 from pallas_kernels.attention import positions
 from pallas_kernels.memory_update import (
     Memory,

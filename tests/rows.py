@@ -25,6 +25,7 @@ ROWS = {
     "dss": registry.config("dss", WIDTH, state_dim=8),
     "dss-softmax": registry.config("dss", WIDTH, state_dim=8, softmax_length=50),
     "mamba": registry.config("mamba", WIDTH, state_dim=4),
+    "mamba-norm": registry.config("mamba", WIDTH, state_dim=4, dt_rank=3, inner_norm=True),
     "mamba2": registry.config("mamba2", WIDTH, state_dim=4, head_dim=4, groups=2),
     "mamba3": registry.config("mamba3", WIDTH, state_dim=4, head_dim=8, rank=2),
     "mamba3-siso": registry.config("mamba3", WIDTH, state_dim=4, head_dim=8, rank=1),

@@ -10,7 +10,7 @@ import pytest
 from chains import assert_close, values_and_gradients
 
 from layers import lru, min_gru, min_lstm, rg_lru, s4d, s5
-from layers.common import hippo_legs
+from layers.state_spaces import hippo_legs
 from pallas_kernels.diagonal_scan import diagonal_scan, diagonal_scan_step, flops_per_token
 from pallas_kernels.long_conv import long_conv
 from zoo import registry

@@ -7,7 +7,7 @@ import pytest
 from numpy.polynomial import laguerre, legendre
 
 from layers import s4, s4d
-from layers.common import state_space_output
+from layers.state_spaces import state_space_output
 from zoo import registry
 
 STATES = 8

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from layers import s4, s4d
-from layers.common import hippo_legs
+from layers.state_spaces import hippo_legs
 from pallas_kernels.long_conv import (
     cauchy,
     diagonal_ssm,

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from layers import mixture_of_memories as mom
-from layers.common import dense, l2_norm, merge_heads, rms_norm
+from layers.common import dense, l2_norm, rms_norm
+from layers.heads import merge_heads
 from pallas_kernels.gated_delta_rule import gated_delta_rule
 from pallas_kernels.gated_linear_attention import gated_linear_attention
 

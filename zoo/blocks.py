@@ -2,27 +2,21 @@
 
 Equal blocks are stacked along a leading axis and run under `lax.scan`, so that compile time does not grow
 with depth. Depth = repeats of the pattern, plus a shorter tail when the pattern does not divide it.
-
-In every `moe_every`-th block the MLP is a mixture of E experts, as Mixtral's and Jamba's: with
-p = softmax(W_router x), the `experts_per_token` largest p, scaled to sum to one, weigh the outputs of their
-experts. Every expert runs on every token and the foreign ones are masked: no token is dropped and none sees
-another, except through the loss balance * E * sum_e f_e p_e, f_e the fraction of tokens that chose e and
-p_e its mean probability (Shazeer et al. 2017, arXiv 1701.06538; Fedus et al. 2021, arXiv 2101.03961 eq. 4-6).
 """
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from layers.common import Params, dense, require, require_choice, require_positive, rms_norm, weight, wide
-from zoo import registry
+from layers.checks import require, require_choice, require_positive
+from layers.common import Params, rms_norm
+from zoo import mlp, pieces, registry
 
-MLPS = ("swiglu", "gelu", "none")
 Group = tuple[tuple[Any, ...], int]
 
 
@@ -44,10 +38,11 @@ class Config:
     experts_per_token: int = 2
     balance: float = 0.01  # coefficient of the experts' load-balancing loss
     remat: bool = True  # recompute each block in the backward pass instead of storing it
+    piece: int = 0  # if > 0, blocks work on so many tokens at a time and recompute them (zoo/pieces.py)
 
     def __post_init__(self):
         require_positive(self, "width", "depth", "experts", "experts_per_token")
-        require_choice(self, "mlp", MLPS)
+        require_choice(self, "mlp", mlp.KINDS)
         ok = isinstance(self.pattern, tuple) and len(self.pattern) > 0
         require(ok, f"pattern={self.pattern!r} must be a tuple of layer names or layer Configs")
         require(self.expansion is None or self.expansion > 0, f"expansion={self.expansion} must be > 0")
@@ -55,6 +50,8 @@ class Config:
         require(ok, f"moe_every={self.moe_every} must be >= 0, and 0 with mlp={self.mlp!r}")
         k = self.experts_per_token
         require(k <= self.experts, f"experts_per_token={k} exceeds experts={self.experts}")
+        ok = isinstance(self.piece, int) and self.piece >= 0
+        require(ok, f"piece={self.piece!r} must be an integer >= 0")
         require(self.balance >= 0, f"balance={self.balance} must be >= 0")
         for layer in self.layers:
             require(
@@ -122,15 +119,8 @@ def _init_block(key: Array, cfg: Config, layer, moe: bool) -> Params:
     mixer_key, in_key, out_key = jax.random.split(key, 3)
     block = {"norm_mixer": jnp.ones(cfg.width), "mixer": registry.module(layer).init(mixer_key, layer)}
     if cfg.hidden:
-        inner = 2 * cfg.hidden if cfg.mlp == "swiglu" else cfg.hidden
         block["norm_mlp"] = jnp.ones(cfg.width)
-        experts = (cfg.experts,) if moe else ()
-        block["mlp"] = {
-            "w_in": weight(in_key, cfg.width, *experts, inner),
-            "w_out": weight(out_key, cfg.hidden, *experts, cfg.width),
-        }
-        if moe:
-            block["mlp"]["w_router"] = weight(jax.random.fold_in(key, 3), cfg.width, cfg.experts)
+        block["mlp"] = mlp.init(in_key, out_key, jax.random.fold_in(key, 3), cfg, moe)
     return block
 
 
@@ -166,34 +156,6 @@ def init_state(cfg: Config, batch: int) -> list[list[Any]]:
     return [[stacked(layer, repeats) for layer in layers] for layers, repeats in cfg.groups]
 
 
-def _route(cfg: Config, logits: Array) -> tuple[Array, dict[str, Array]]:
-    """Weights `[..., E]`, 0 for the experts that are not chosen, and the loss and load of a batch."""
-    probabilities = jax.nn.softmax(logits)
-    _, best = jax.lax.top_k(probabilities, cfg.experts_per_token)
-    chosen = jnp.any(best[..., None] == jnp.arange(cfg.experts), -2)
-    weights = jnp.where(chosen, probabilities, 0)
-    load, share = (x.reshape(-1, cfg.experts).mean(0, weights.dtype) for x in (chosen, probabilities))
-    loss = cfg.balance * cfg.experts * jnp.sum(load * share)
-    return weights / weights.sum(-1, keepdims=True), {"expert_balance_loss": loss, "expert_load": load}
-
-
-def _mlp(params: Params, cfg: Config, x: Array) -> tuple[Array, dict[str, Array]]:
-    if not cfg.hidden:
-        return x, {}
-    normed, mlp = rms_norm(x, params["norm_mlp"]), params["mlp"]
-    inner = dense(normed, mlp["w_in"])
-    if cfg.mlp == "swiglu":
-        gate, value = jnp.split(inner, 2, -1)
-        inner = jax.nn.silu(gate) * value
-    else:
-        inner = jax.nn.gelu(inner)
-    if "w_router" not in mlp:
-        return x + dense(inner, mlp["w_out"]), {}
-    weights, aux = _route(cfg, dense(wide(normed), mlp["w_router"]))
-    inner = inner * weights[..., None].astype(inner.dtype)
-    return x + jnp.einsum("...ef,fed->...d", inner, mlp["w_out"].astype(x.dtype)), aux
-
-
 def _merge_aux(stacked: list[dict[str, Array]]) -> dict[str, Array]:
     """Losses are summed over blocks, diagnostics averaged. Input: one dict of `[repeats, ...]` per place."""
     values: dict[str, list[Array]] = {}
@@ -206,30 +168,43 @@ def _merge_aux(stacked: list[dict[str, Array]]) -> dict[str, Array]:
     }
 
 
+def _group(cfg: Config, layers, implementation, blocks, x: Array, states, segment_ids):
+    """One repeat of a group over `x [B,T,D]`: `(x, states, one aux a block)`."""
+    new_states, auxes = [], []
+    for layer, block, state in zip(layers, blocks, states, strict=True):
+        y, state, aux = registry.module(layer).apply(
+            block["mixer"],
+            layer,
+            rms_norm(x, block["norm_mixer"]),
+            state,
+            segment_ids=segment_ids,
+            implementation=implementation,
+        )
+        x, experts = mlp.apply(block, cfg, x + y)
+        new_states.append(state)
+        auxes.append(aux | experts)
+    return x, new_states, auxes
+
+
 def apply(params, cfg: Config, x: Array, state=None, *, segment_ids=None, implementation=None):
     """All blocks over `x [B,T,D]`: `(y [B,T,D], state, aux)`."""
+    in_pieces = 0 < cfg.piece < x.shape[1]
     new_states, all_aux = [], []
     for g, (layers, _) in enumerate(cfg.groups):
 
-        def body(x, blocks, layers=layers):
-            states, auxes = [], []
-            for layer, (block, old) in zip(layers, blocks, strict=True):
-                y, new, aux = registry.module(layer).apply(
-                    block["mixer"],
-                    layer,
-                    rms_norm(x, block["norm_mixer"]),
-                    old,
-                    segment_ids=segment_ids,
-                    implementation=implementation,
-                )
-                x, experts = _mlp(block, cfg, x + y)
-                states.append(new)
-                auxes.append(aux | experts)
-            return x, (states, auxes)
+        def body(x, inputs, layers=layers):
+            blocks, old = inputs
+            run = partial(_group, cfg, layers, implementation, blocks)
+            if in_pieces:
+                empty = [registry.module(layer).init_state(layer, x.shape[0]) for layer in layers]
+                x, *out = pieces.apply(run, empty, x, old, segment_ids, cfg.piece)
+            else:
+                x, *out = run(x, old or [None] * len(layers), segment_ids)
+            return x, out
 
-        old = state[g] if state is not None else [None] * len(layers)
-        run = jax.checkpoint(body) if cfg.remat else body
-        x, (states, auxes) = jax.lax.scan(run, x, list(zip(params[g], old, strict=True)))
+        # Pieces keep less than a block does: to recompute the block as well would cost and save nothing.
+        body = jax.checkpoint(body) if cfg.remat and not in_pieces else body
+        x, (states, auxes) = jax.lax.scan(body, x, (params[g], None if state is None else state[g]))
         new_states.append(states)
         all_aux += auxes
     return x, new_states, _merge_aux(all_aux)
@@ -245,7 +220,7 @@ def step(params, cfg: Config, x_t: Array, state):
             for layer, (block, old) in zip(layers, blocks, strict=True):
                 normed = rms_norm(x, block["norm_mixer"])
                 y, new = registry.module(layer).step(block["mixer"], layer, normed, old)
-                x, _ = _mlp(block, cfg, x + y)
+                x, _ = mlp.apply(block, cfg, x + y)
                 states.append(new)
             return x, states
 

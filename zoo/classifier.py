@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from layers.common import Params, dense, require, require_positive, rms_norm, weight, wide
+from layers.checks import require, require_positive
+from layers.common import Params, dense, rms_norm, weight, wide
 from zoo import blocks
 
 

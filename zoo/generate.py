@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from layers.common import require
+from layers.checks import require
 from zoo import lm
 
 

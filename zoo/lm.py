@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from layers.common import Params, require_positive, rms_norm, weight
+from layers.checks import require_positive
+from layers.common import Params, rms_norm, weight
 from zoo import blocks
 
 

@@ -50,6 +50,7 @@ MAMBA, MAMBA2 = _pattern(_layer("mamba")), _pattern(_layer("mamba2"))
 GRIFFIN = _pattern(*[_layer("rg_lru", heads=10)] * 2, _layer("attention", heads=10, kv_heads=1, window=2048))
 MLSTM, SLSTM = _layer("mlstm"), _layer("slstm")
 BARE = {"mlp": "none"}
+JAMBA_MAMBA = _layer("mamba", inner_norm=True)
 JAMBA = {"heads": 32, "kv_heads": 8, "rope_base": None, "max_length": 262_144}
 
 PUBLISHED: dict[str, Published] = {
@@ -87,9 +88,9 @@ PUBLISHED: dict[str, Published] = {
         GRIFFIN, _model(2560, 26, 256_000, expansion=3.0), 2.7e9, "RecurrentGemma, arXiv 2404.07839"
     ),
     "jamba-52b": Published(
-        _pattern(*[_layer("mamba")] * 4, _layer("attention", **JAMBA), *[_layer("mamba")] * 3),
+        _pattern(*[JAMBA_MAMBA] * 4, _layer("attention", **JAMBA), *[JAMBA_MAMBA] * 3),
         _model(4096, 32, 65_536, expansion=3.5, tie=False, moe_every=2, experts=16),
-        52e9,
+        51_570_323_328,
         "arXiv 2403.19887",
     ),
 }
@@ -99,7 +100,7 @@ PUBLISHED: dict[str, Published] = {
 HYBRIDS: dict[str, Callable[[int], tuple[Any, ...]]] = {
     "griffin": _pattern(*[_layer("rg_lru")] * 2, _layer("attention", kv_heads=1, window=1024)),
     "samba": _pattern(_layer("mamba"), _layer("attention", window=2048)),
-    "jamba": _pattern(*[_layer("mamba")] * 4, _layer("attention", rope_base=None), *[_layer("mamba")] * 3),
+    "jamba": _pattern(*[JAMBA_MAMBA] * 4, _layer("attention", rope_base=None), *[JAMBA_MAMBA] * 3),
     "based_hybrid": _pattern(
         _layer("base_conv"), _layer("based"), _layer("attention", window=128),
         _layer("base_conv"), _layer("base_conv"),

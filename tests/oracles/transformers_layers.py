@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import transformers
 from safetensors.numpy import save_file
+from transformers.models.jamba import modeling_jamba as jamba
 from transformers.models.kimi_linear import modeling_kimi_linear as kimi
 from transformers.models.llama import modeling_llama as llama
 from transformers.models.mamba import modeling_mamba as mamba
@@ -54,6 +55,20 @@ def mamba_layer(x):
         "A_log": layer.A_log, "D": layer.D, "w_out": matrix(layer.out_proj),
     }  # fmt: skip
     return "mamba", {"state_dim": 5, "dt_rank": 3}, params, layer(x)
+
+
+def jamba_layer(x):
+    config = transformers.JambaConfig(hidden_size=WIDTH, mamba_d_state=5, mamba_dt_rank=3, rms_norm_eps=1e-5)
+    layer = randomise(jamba.JambaMambaMixer(config, 0))
+    layer.A_log.data = torch.log(1 + torch.rand_like(layer.A_log) * 5)
+    params = {
+        "w_in": matrix(layer.in_proj), "conv": taps(layer.conv1d), "conv_bias": layer.conv1d.bias,
+        "w_x": matrix(layer.x_proj), "w_dt": matrix(layer.dt_proj), "dt_bias": layer.dt_proj.bias,
+        "dt_scale": layer.dt_layernorm.weight, "b_scale": layer.b_layernorm.weight,
+        "c_scale": layer.c_layernorm.weight, "A_log": layer.A_log, "D": layer.D,
+        "w_out": matrix(layer.out_proj),
+    }  # fmt: skip
+    return "mamba", {"state_dim": 5, "dt_rank": 3, "inner_norm": True}, params, layer(x)
 
 
 def mamba2_layer(x):
@@ -175,13 +190,15 @@ def write(make):
         "source": f"transformers {transformers.__version__}, torch {torch.__version__}, {make.__name__}",
     }
     numbers = {key: np.ascontiguousarray(value.detach().float().numpy()) for key, value in arrays.items()}
-    save_file(numbers, FIXTURES / f"transformers_{name}.safetensors", metadata)
+    save_file(numbers, FIXTURES / f"transformers_{FILES.get(make.__name__, name)}.safetensors", metadata)
     print(f"{name}: |y| up to {np.abs(numbers['y']).max():.3f}")
 
 
+# Named after the layer, but for a second setting of one.
+FILES = {"jamba_layer": "jamba"}
 LAYERS = (
     mamba_layer, mamba2_layer, rg_lru_layer, gated_delta_net_layer, kda_layer, lightning_layer,
-    attention_layer,
+    attention_layer, jamba_layer,
 )  # fmt: skip
 
 if __name__ == "__main__":
