@@ -41,8 +41,9 @@ from layers.checks import (
     require_not_negative,
     require_positive,
 )
-from layers.common import Params, conv_init, conv_state, convolved, convolved_step, dense, weight, wide
+from layers.common import Params, conv_init, conv_state, convolved, convolved_step, dense, weight
 from layers.heads import gated_output, unit_thirds
+from layers.memories import gate_logits, initial_memory
 from pallas_kernels.memory_update import (
     LOSSES,
     RETENTIONS,
@@ -157,13 +158,9 @@ def init_state(cfg: Config, batch: int) -> State:
     )
 
 
-def _initial(params: Params) -> tuple[Array, ...]:
-    return params["memory_0"], params["memory_1"]
-
-
 def _gates(params: Params, cfg: Config, x: Array) -> tuple[Array, Array, dict]:
     """eta, log alpha, and what else the rule wants; `[..., H]`."""
-    logits = {name: wide(dense(x, params[f"w_{name}"])) + params[f"{name}_bias"] for name in cfg.gates}
+    logits = {name: gate_logits(params, name, x) for name in cfg.gates}
     threshold = jax.nn.softplus(logits["threshold"]) if "threshold" in logits else None
     more = {"threshold": threshold, "norm": (params["inner_scale"], params["inner_bias"])}
     return cfg.max_rate * jax.nn.sigmoid(logits["rate"]), jax.nn.log_sigmoid(logits["keep"]), more
@@ -182,7 +179,7 @@ def apply(params, cfg, x, state=None, *, segment_ids=None, implementation=None):
     qkv, conv = convolved(params, cfg, dense(x, params["w_qkv"]), window, segment_ids)
     rate, log_keep, more = _gates(params, cfg, x)
     (o, surprise), memory = memory_update(
-        _initial(params),
+        initial_memory(params, 2),
         *unit_thirds(qkv, cfg.heads),
         rate,
         log_keep,
@@ -201,6 +198,13 @@ def step(params, cfg, x_t, state):
     qkv, conv = convolved_step(params, cfg, dense(x_t, params["w_qkv"]), state.conv)
     rate, log_keep, more = _gates(params, cfg, x_t)
     (o, _), memory = memory_update_step(
-        _initial(params), *unit_thirds(qkv, cfg.heads), rate, log_keep, None, state.memory, **more, **cfg.rule
+        initial_memory(params, 2),
+        *unit_thirds(qkv, cfg.heads),
+        rate,
+        log_keep,
+        None,
+        state.memory,
+        **more,
+        **cfg.rule,
     )
     return _output(params, x_t, o), State(memory=memory, conv=conv)

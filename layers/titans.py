@@ -42,7 +42,7 @@ from layers.checks import (
 )
 from layers.common import Params, conv_init, conv_state, convolved, convolved_step, dense, weight
 from layers.heads import gated_output, unit_thirds
-from layers.memories import memory_gates, memory_gates_init
+from layers.memories import initial_memory, initial_memory_init, memory_gates, memory_gates_init
 from pallas_kernels.memory_update import (
     ACTIVATIONS,
     Memory,
@@ -137,9 +137,7 @@ def init(key: Array, cfg: Config) -> Params:
     }
     if cfg.conv:
         params["conv"] = conv_init(next(keys), cfg.conv, 3 * stream)
-    for i, shape in enumerate(cfg.shapes):
-        params[f"memory_{i}"] = jax.random.normal(next(keys), shape) * shape[1] ** -0.5
-    return params
+    return params | initial_memory_init(keys, cfg.shapes)
 
 
 def init_state(cfg: Config, batch: int) -> State:
@@ -147,10 +145,6 @@ def init_state(cfg: Config, batch: int) -> State:
         memory=empty_memory(cfg.shapes, batch, momentum=cfg.momentum),
         conv=conv_state(batch, cfg.conv, 3 * cfg.heads * cfg.D),
     )
-
-
-def _initial(params: Params, cfg: Config) -> tuple[Array, ...]:
-    return tuple(params[f"memory_{i}"] for i in range(cfg.depth))
 
 
 def _output(params: Params, x: Array, o: Array) -> Array:
@@ -165,7 +159,7 @@ def apply(params, cfg, x, state=None, *, segment_ids=None, implementation=None):
     window = (init_state(cfg, x.shape[0]) if state is None else state).conv
     qkv, conv = convolved(params, cfg, dense(x, params["w_qkv"]), window, segment_ids)
     (o, surprise), memory = memory_update(
-        _initial(params, cfg),
+        initial_memory(params, cfg.depth),
         *unit_thirds(qkv, cfg.heads),
         *memory_gates(params, x, cfg.max_rate),
         None if state is None else state.memory,
@@ -180,7 +174,7 @@ def step(params, cfg, x_t, state):
     """One token: `x_t [B,D] -> (y_t [B,D], State)`."""
     qkv, conv = convolved_step(params, cfg, dense(x_t, params["w_qkv"]), state.conv)
     (o, _), memory = memory_update_step(
-        _initial(params, cfg),
+        initial_memory(params, cfg.depth),
         *unit_thirds(qkv, cfg.heads),
         *memory_gates(params, x_t, cfg.max_rate),
         state.memory,

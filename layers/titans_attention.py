@@ -23,9 +23,15 @@ from flax import struct
 from jax import Array
 
 from layers import titans
-from layers.checks import require, require_choice, require_divides, require_not_negative, require_positive
-from layers.common import Params, dense, rms_norm, rotary, weight
-from layers.heads import merge_heads, split_heads
+from layers.checks import (
+    require_choice,
+    require_divides,
+    require_not_negative,
+    require_positive,
+    require_rotary,
+)
+from layers.common import Params, dense, rms_norm, weight
+from layers.heads import merge_heads, rotary_thirds
 from pallas_kernels.attention import (
     Cache,
     attention,
@@ -61,10 +67,7 @@ class Config:
         require_divides(self, "heads", "width")
         require_choice(self, "combine", COMBINE)
         require_not_negative(self, "persistent")
-        require(
-            self.rope_base is None or self.K % 2 == 0,
-            f"titans_attention: rotary positions need an even head width, not width / heads = {self.K}",
-        )
+        require_rotary(self, self.K)
         hash(self.memory)  # it checks itself
 
     @property
@@ -124,8 +127,7 @@ def _memory_params(params: Params) -> Params:
 
 def _heads(params: Params, cfg: Config, x: Array, position: Array) -> tuple[Array, Array, Array]:
     """Rotated and scaled q, rotated k, and v, `[..., H, K]`."""
-    q, k, v = (split_heads(y, cfg.heads) for y in jnp.split(dense(x, params["w_qkv"]), 3, -1))
-    return rotary(q * cfg.K**-0.5, position, cfg.rope_base), rotary(k, position, cfg.rope_base), v
+    return rotary_thirds(dense(x, params["w_qkv"]), cfg.heads, position, cfg.rope_base)
 
 
 def _persistent(params: Params, cfg: Config) -> tuple[Array, Array] | None:

@@ -28,7 +28,14 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
-from layers.checks import require, require_choice, require_divides, require_not_negative, require_positive
+from layers.checks import (
+    require,
+    require_choice,
+    require_divides,
+    require_not_negative,
+    require_positive,
+    require_rotary,
+)
 from layers.common import (
     Params,
     conv_init,
@@ -39,9 +46,9 @@ from layers.common import (
     layer_norm,
     rotary,
     weight,
-    wide,
 )
 from layers.heads import merge_heads, split_heads
+from layers.memories import gate_logits, initial_memory
 from pallas_kernels.attention import positions
 from pallas_kernels.memory_update import (
     Memory,
@@ -75,10 +82,7 @@ class Config:
         require_choice(self, "inner", tuple(BASE_RATES))
         require(self.rate > 0, f"ttt: base_rate={self.base_rate} must be > 0")
         require_not_negative(self, "conv")
-        require(
-            self.rope_base is None or self.D % 2 == 0,
-            f"ttt: rotary positions need an even head width, not width / heads = {self.D}",
-        )
+        require_rotary(self, self.D)
 
     @property
     def D(self) -> int:
@@ -150,10 +154,6 @@ def init_state(cfg: Config, batch: int) -> State:
     )
 
 
-def _initial(params: Params, cfg: Config) -> tuple[Array, ...]:
-    return tuple(params[f"memory_{i}"] for i in range(len(cfg.shapes)))
-
-
 def _streams(cfg: Config, q: Array, k: Array, v: Array, phase: Array) -> tuple[Array, Array, Array]:
     """Heads `[..., H, D]`, q and k rotated by the place in the mini-batch."""
     q, k, v = (split_heads(x, cfg.heads) for x in (q, k, v))
@@ -162,7 +162,7 @@ def _streams(cfg: Config, q: Array, k: Array, v: Array, phase: Array) -> tuple[A
 
 def _rates(params: Params, cfg: Config, x: Array) -> tuple[Array, Array]:
     """The rate of each write, and the log of what is kept: all; `[..., H]`."""
-    rate = jax.nn.sigmoid(wide(dense(x, params["w_rate"])) + params["rate_bias"])
+    rate = jax.nn.sigmoid(gate_logits(params, "rate", x))
     # The op's loss is the square without the half.
     return rate * (0.5 * cfg.rate / cfg.D), jnp.zeros_like(rate)
 
@@ -190,7 +190,7 @@ def apply(params, cfg, x, state=None, *, segment_ids=None, implementation=None):
     k, conv = convolved(params, cfg, qk[-1], past.conv, segment_ids, "conv_k")
     phase = positions(past.memory.phase, segment_ids, x.shape[1]) % cfg.chunk
     (z, surprise), memory = memory_update(
-        _initial(params, cfg),
+        initial_memory(params, len(cfg.shapes)),
         *_streams(cfg, q, k, v, phase),
         *_rates(params, cfg, x),
         None,
@@ -211,7 +211,7 @@ def step(params, cfg, x_t, state):
     k, conv = convolved_step(params, cfg, qk[-1], state.conv, "conv_k")
     phase = state.memory.phase
     (z, _), memory = memory_update_step(
-        _initial(params, cfg),
+        initial_memory(params, len(cfg.shapes)),
         *_streams(cfg, q, k, v, phase),
         *_rates(params, cfg, x_t),
         None,
