@@ -2,16 +2,19 @@
 
     python -m experiments.bench layers
     python -m experiments.bench layers --layers mamba,s4 --lengths 1024,4096 --out somewhere
-    python -m experiments.bench peers --peer-python oracle/bin/python
+    python -m experiments.bench peers --peer-python oracle/bin/python,discretax/bin/python
 
 `layers`: one row per layer and length: forward, and forward with backward (of a sum of squares, with respect
 to inputs and parameters), each the median of a few runs; the seconds to compile both; the temporary memory
 XLA plans for the backward pass; one decode step; the share of this machine's own matrix-product peak that the
-analytic FLOPs (3 x forward) make of forward and backward; and, at the shortest length, the same two times for
-a naive `lax.scan` over tokens.
+analytic FLOPs (3 x forward) make of forward and backward. At T = 1,024 also the same two times for a naive
+`lax.scan` over tokens. At T = 16,384 also a bound of that memory: what forward and backward of one piece of
+1,024 tokens need, the output, and a state for every piece, which is what a layer must hold that computes
+everything else again; how many times the bound the layer needs as it is and in such pieces (`zoo/pieces.py`);
+and the time in pieces.
 
-`peers`: forward and backward of the layers that Hugging Face transformers has too, ours and theirs in turn,
-with the same sizes; theirs run in an interpreter of their own (tests/oracles/README.md makes one).
+`peers`: the same work in other people's code (`experiments/bench_peers.py`), ours and theirs in turn; theirs
+run in interpreters of their own (tests/oracles/README.md makes them).
 
 Results: a CSV and a Markdown table.
 
@@ -22,176 +25,126 @@ with glibc told to keep what it has (`TUNABLES`). The same variable serves long 
 
 import argparse
 import csv
-import datetime
-import importlib.metadata
-import json
 import os
 import platform
-import statistics
-import subprocess
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from experiments import bench_peers
+from experiments.timing import (
+    compiled,
+    decode_seconds,
+    layer_forward,
+    layer_gradient,
+    line,
+    machine,
+    markdown,
+    median_seconds,
+)
 from experiments.train import peak_flops
-from zoo import registry
+from zoo import pieces, registry
 
 RESULTS = Path(__file__).parent / "results"
 TUNABLES = (
     "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=68719476736"
     ":glibc.malloc.top_pad=268435456:glibc.malloc.hugetlb=1"
 )
-LENGTHS = (1024, 4096, 16384, 32768)
-WIDTH, BATCH, REPEATS = 128, 1, 5
-PEERS = Path(__file__).parent / "peers" / "transformers_layers.py"
-PEER_LAYERS = ("mamba", "mamba2", "rg_lru", "gated_delta_net", "kda", "lightning_attention")
-PEER_BATCH, PEER_LENGTH, PEER_WIDTH = 2, 2048, 256
+LENGTHS = (1024, 4096, 16384, 65536)
+NAIVE_LENGTH, MEMORY_LENGTH, PIECE = 1024, 16384, 1024
+WIDTH, BATCH = 128, 1
+PATIENCE = 10.0  # seconds: a layer that takes longer at one length is not run at the next
 
 
-def compiled(function: Callable, *args) -> tuple[Any, float]:
-    """The compiled function and the seconds it took."""
-    start = time.perf_counter()
-    program = jax.jit(function).lower(*args).compile()
-    return program, time.perf_counter() - start
+def _setup(name: str, length: int, width: int):
+    """Layer, Config, parameters and input."""
+    # Full attention holds as many tokens as there are; no other state knows of the length.
+    cfg = registry.config(name, width, **({"max_length": length} if name == "attention" else {}))
+    layer = registry.module(cfg)
+    params = layer.init(jax.random.key(0), cfg)
+    return layer, cfg, params, jax.random.normal(jax.random.key(2), (BATCH, length, width))
 
 
-def median_seconds(program: Callable, *args, repeats: int = REPEATS) -> float:
-    """Median seconds of a call, after one to warm up; long calls are repeated less."""
-    seconds = []
-    jax.block_until_ready(program(*args))
-    for _ in range(repeats):
-        start = time.perf_counter()
-        jax.block_until_ready(program(*args))
-        seconds.append(time.perf_counter() - start)
-        if sum(seconds) > 20:
-            break
-    return statistics.median(seconds)
+def _temporary(program) -> int:
+    """Bytes that a compiled program needs besides its arguments and results."""
+    return program.memory_analysis().temp_size_in_bytes
 
 
-def _forward(layer, cfg, implementation, params, x):
-    return layer.apply(params, cfg, x, implementation=implementation)[0]
+def _gradient_in_pieces(layer, cfg, params, x):
+    """`layer_gradient` of the layer in pieces of PIECE tokens (`zoo/pieces.py`)."""
 
-
-def _gradient(layer, cfg, implementation, params, x):
     def loss(params, x):
-        return jnp.sum(_forward(layer, cfg, implementation, params, x) ** 2)
+        def run(x, state, ids):
+            return layer.apply(params, cfg, x, state, segment_ids=ids)
+
+        return jnp.sum(pieces.apply(run, layer.init_state(cfg, BATCH), x, None, None, PIECE)[0] ** 2)
 
     return jax.value_and_grad(loss, (0, 1))(params, x)
 
 
-def decode_seconds(layer, cfg, params, batch: int = BATCH, steps: int = 256) -> float:
-    """Seconds of one step inside a compiled loop."""
-    x = jax.random.normal(jax.random.key(1), (steps, batch, cfg.width))
-
-    def loop(params, state, x):
-        def body(state, x_t):
-            y, state = layer.step(params, cfg, x_t, state)
-            return state, y
-
-        return jax.lax.scan(body, state, x)
-
-    args = (params, layer.init_state(cfg, batch), x)
-    return median_seconds(compiled(loop, *args)[0], *args) / steps
-
-
-def bench_layer(name: str, lengths: tuple[int, ...], width: int = WIDTH) -> list[dict]:
-    """Rows of one layer, shortest length first."""
-    rows = []
-    for length in lengths:
-        # Full attention holds as many tokens as there are; no other state knows of the length.
-        cfg = registry.config(name, width, **({"max_length": length} if name == "attention" else {}))
-        layer = registry.module(cfg)
-        params = layer.init(jax.random.key(0), cfg)
-        x = jax.random.normal(jax.random.key(2), (BATCH, length, width))
-        forward, first = compiled(partial(_forward, layer, cfg, None), params, x)
-        gradient, second = compiled(partial(_gradient, layer, cfg, None), params, x)
-        seconds = median_seconds(gradient, params, x)
-        row = {
-            "layer": name,
-            "T": length,
-            "forward_ms": 1e3 * median_seconds(forward, params, x),
-            "forward_backward_ms": 1e3 * seconds,
-            "tokens_per_second": BATCH * length / seconds,
-            "us_per_token": 1e6 * seconds / (BATCH * length),
-            "compile_s": first + second,
-            "temporary_MB": gradient.memory_analysis().temp_size_in_bytes / 1e6,
-            "decode_us": 1e6 * decode_seconds(layer, cfg, params),
-            "peak_share": 3 * cfg.flops_per_token(length) * BATCH * length / seconds / peak_flops("float32"),
-            "naive_forward_ms": None,
-            "naive_ms": None,
-        }
-        if length == lengths[0]:
-            for column, run in (("naive_forward_ms", _forward), ("naive_ms", _gradient)):
-                program, _ = compiled(partial(run, layer, cfg, "reference"), params, x)
-                row[column] = 1e3 * median_seconds(program, params, x)
-        rows.append(row)
-        print(_line(row), flush=True)
-    return rows
+def _memory(layer, cfg, params, x, plain_MB: float) -> dict[str, float]:
+    """The bound that this module states, how much of it the plain form and pieces need, and their time."""
+    one_piece, _ = compiled(partial(layer_gradient, layer, cfg, None), params, x[:, :PIECE])
+    program, _ = compiled(partial(_gradient_in_pieces, layer, cfg), params, x)
+    states = x.shape[1] // PIECE * BATCH * cfg.state_bytes()
+    bound = (_temporary(one_piece) + states + x.nbytes) / 1e6
+    in_pieces = _temporary(program) / 1e6
+    return {
+        "bound_MB": bound,
+        "plain_over_bound": plain_MB / bound,
+        "pieces_over_bound": in_pieces / bound,
+        "pieces_ms": 1e3 * median_seconds(program, params, x),
+    }
 
 
-def bench_peer(name: str, python: str, width: int, rounds: int = 3) -> dict:
-    """Medians over `rounds` of theirs and ours in turn, at B = 2 and T = 2,048."""
-    cfg = registry.config(name, width)
-    layer = registry.module(cfg)
-    params = layer.init(jax.random.key(0), cfg)
-    x = jax.random.normal(jax.random.key(2), (PEER_BATCH, PEER_LENGTH, width))
-    runs = {"forward": _forward, "forward_backward": _gradient}
-    programs = {key: compiled(partial(run, layer, cfg, None), params, x)[0] for key, run in runs.items()}
-    command = [python, PEERS, name, PEER_BATCH, PEER_LENGTH, width]
-    theirs, ours = [], []
-    for _ in range(rounds):
-        done = subprocess.run(list(map(str, command)), check=True, capture_output=True, text=True)
-        theirs.append(json.loads(done.stdout.splitlines()[-1]))
-        ours.append({key: median_seconds(program, params, x) for key, program in programs.items()})
-    row = {"layer": name, "peer": theirs[0]["versions"]}
-    for key in runs:
-        a, b = (statistics.median(r[key] for r in rows) for rows in (theirs, ours))
-        row |= {f"{key}_theirs_ms": 1e3 * a, f"{key}_ours_ms": 1e3 * b, f"{key}_ratio": a / b}
-    print(_line(row), flush=True)
+def _naive(layer, cfg, params, x) -> dict[str, float]:
+    """Milliseconds of the reference, a scan over tokens."""
+    runs = {"naive_forward_ms": layer_forward, "naive_ms": layer_gradient}
+    programs = {
+        column: compiled(partial(run, layer, cfg, "reference"), params, x)[0] for column, run in runs.items()
+    }
+    return {column: 1e3 * median_seconds(program, params, x) for column, program in programs.items()}
+
+
+def _row(name: str, length: int, width: int) -> dict:
+    layer, cfg, params, x = _setup(name, length, width)
+    forward, first = compiled(partial(layer_forward, layer, cfg, None), params, x)
+    gradient, second = compiled(partial(layer_gradient, layer, cfg, None), params, x)
+    seconds, memory = median_seconds(gradient, params, x), _temporary(gradient) / 1e6
+    row = {
+        "layer": name,
+        "T": length,
+        "forward_ms": 1e3 * median_seconds(forward, params, x),
+        "forward_backward_ms": 1e3 * seconds,
+        "tokens_per_second": BATCH * length / seconds,
+        "us_per_token": 1e6 * seconds / (BATCH * length),
+        "compile_s": first + second,
+        "temporary_MB": memory,
+        "decode_us": 1e6 * decode_seconds(layer, cfg, params, BATCH),
+        "peak_share": 3 * cfg.flops_per_token(length) * BATCH * length / seconds / peak_flops("float32"),
+    }
+    row |= dict.fromkeys(("naive_forward_ms", "naive_ms"))
+    row |= dict.fromkeys(("bound_MB", "plain_over_bound", "pieces_over_bound", "pieces_ms"))
+    if length == NAIVE_LENGTH:
+        row |= _naive(layer, cfg, params, x)
+    if length == MEMORY_LENGTH:
+        row |= _memory(layer, cfg, params, x, memory)
+    print(line(row), flush=True)
     return row
 
 
-def _line(row: dict) -> str:
-    return "  ".join(f"{k} {_cell(v)}" for k, v in row.items() if v is not None)
-
-
-def _cell(value) -> str:
-    if value is None:
-        return ""
-    return (
-        f"{value:,.3g}"
-        if isinstance(value, float) and abs(value) < 100
-        else (f"{value:,.0f}" if isinstance(value, float) else str(value))
-    )
-
-
-def machine() -> str:
-    """Device, versions and date, for the head of a table."""
-    cpu = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-        cpu = names[0] if names else cpu
-    device = jax.devices()[0]
-    where = f"{cpu}, {os.cpu_count()} cores" if device.platform == "cpu" else device.device_kind
-    return (
-        f"{where}; jax {importlib.metadata.version('jax')}, Python {platform.python_version()}; "
-        f"matmul peak {peak_flops('float32') / 1e9:.0f} GFLOP/s (float32); {datetime.date.today()}"
-    )
-
-
-def markdown(rows: list[dict], note: str) -> str:
-    """The rows as a table."""
-    keys = list(rows[0])
-    lines = [note, "", "| " + " | ".join(keys) + " |", "|" + "---|" * len(keys)]
-    lines += ["| " + " | ".join(_cell(row[k]) for k in keys) + " |" for row in rows]
-    return "\n".join(lines) + "\n"
+def bench_layer(name: str, lengths: tuple[int, ...], width: int = WIDTH) -> list[dict]:
+    """Rows of one layer, shortest length first, up to the first that takes longer than PATIENCE."""
+    rows: list[dict] = []
+    for length in sorted(lengths):
+        if rows and rows[-1]["forward_backward_ms"] > 1e3 * PATIENCE:
+            break
+        rows.append(_row(name, length, width))
+    return rows
 
 
 def write(rows: list[dict], directory: Path, name: str, note: str) -> None:
@@ -213,34 +166,66 @@ def keep_freed_memory() -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m experiments.bench", description=__doc__.split("\n")[0])
     parser.add_argument("what", choices=["layers", "peers"])
-    parser.add_argument("--layers", help="names, separated by commas; default all that there are")
-    parser.add_argument("--lengths", default=",".join(map(str, LENGTHS)), help="tokens, separated by commas")
-    parser.add_argument("--width", type=int, help=f"model width; default {WIDTH}, for peers {PEER_WIDTH}")
-    parser.add_argument("--peer-python", help="an interpreter with torch and transformers")
+    parser.add_argument("--layers", help="names (of PEERS for peers), separated by commas; default all")
+    lengths = ",".join(map(str, LENGTHS))
+    parser.add_argument(
+        "--lengths", help=f"tokens, separated by commas; default {lengths}, for peers {bench_peers.LENGTH}"
+    )
+    parser.add_argument("--width", type=int, help=f"default {WIDTH}, for peers {bench_peers.WIDTH}")
+    parser.add_argument("--peer-python", help="interpreters with the peers' packages, separated by commas")
     parser.add_argument("--out", type=Path, default=RESULTS, help="directory for the tables")
     return parser
+
+
+def _names(options, known: Iterable[str]) -> list[str]:
+    return options.layers.split(",") if options.layers else list(known)
+
+
+def _layers(options, note: str) -> int:
+    width = options.width or WIDTH
+    lengths = tuple(map(int, options.lengths.split(","))) if options.lengths else LENGTHS
+    rows: list[dict] = []
+    for name in _names(options, registry.LAYERS):
+        rows += bench_layer(name, lengths, width)
+        table = "layers" if width == WIDTH else f"layers_{width}"
+        write(rows, options.out, table, f"{note}: width {width}, batch {BATCH}, float32. {machine()}.")
+    return 0
+
+
+def _peers(options, note: str) -> int:
+    """Every peer that can run does; 1 if one that is installed failed."""
+    width, length = options.width or bench_peers.WIDTH, int(options.lengths or bench_peers.LENGTH)
+    note = f"{note}: width {width}, B = {bench_peers.BATCH}, T = {length}, decoding at B = 1, float32."
+    rows, failed = [], 0
+    for name in _names(options, bench_peers.PEERS):
+        try:
+            row = bench_peers.bench(name, options.peer_python.split(","), width, length)
+        except (RuntimeError, OSError) as error:
+            print(error, flush=True)
+            row, failed = None, 1
+        if row:
+            rows.append(row)
+            usual = (width, length) == (bench_peers.WIDTH, bench_peers.LENGTH)
+            table = "peers" if usual else f"peers_{width}_{length}"
+            write(rows, options.out, table, f"{note} {machine()}.")
+    return failed
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
-    command = " ".join(["python -m experiments.bench", *(arguments or sys.argv[1:])])
     peers = options.what == "peers"
     if peers and not options.peer_python:
         parser.error("peers needs --peer-python (tests/oracles/README.md makes one)")
-    names = options.layers.split(",") if options.layers else PEER_LAYERS if peers else list(registry.LAYERS)
-    width = options.width or (PEER_WIDTH if peers else WIDTH)
-    lengths = tuple(int(t) for t in options.lengths.split(","))
-    batch, table = (PEER_BATCH, "peers") if peers else (BATCH, "layers")
-    note = f"`{command}`: width {width}, batch {batch}, float32. {machine()}."
+    known = bench_peers.PEERS if peers else registry.LAYERS
+    unknown = [name for name in _names(options, known) if name not in known]
+    if unknown:
+        parser.error(f"unknown {', '.join(unknown)}; choose from {', '.join(known)}")
+    note = f"`python -m experiments.bench {' '.join(arguments or sys.argv[1:])}`"
     print(machine(), flush=True)
-    rows: list[dict] = []
-    for name in names:
-        rows += [bench_peer(name, options.peer_python, width)] if peers else bench_layer(name, lengths, width)
-        default = width == (PEER_WIDTH if peers else WIDTH)
-        write(rows, options.out, table if default else f"{table}_{width}", note)
+    failed = (_peers if peers else _layers)(options, note)
     print(options.out)
-    return 0
+    return failed
 
 
 if __name__ == "__main__":
