@@ -23,7 +23,8 @@ so A alone is carried. |e| is smoothed as sqrt(e^2 + 1e-6), which gives a smooth
 chosen here: c, so that a row's mean weight is 1 / sqrt(in); the initial values; eta_max; gates per head; and
 `clip`, the soft bound on one token's gradient that titans has too. Two more keep the gradient through many
 chunks finite where forgetting has made A small: `norm_eps` in the LN of M, whose curvature grows as one over
-the size of what it divides by, and the 1 in Moneta's retention, without which W grows as 1 / |A|.
+the size of what it divides by, and the 1 in Moneta's retention, without which W grows as 1 / |A|. eta_max is
+0.1: with 1, the gradient of Yaad's loss grew to 2e6 in 256 tokens and to 2e64 in 4,096.
 """
 
 from dataclasses import dataclass

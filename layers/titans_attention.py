@@ -13,6 +13,9 @@ memory). There persistent tokens are put before the sequence; they are learned d
 here, which is what attention makes of them, and the memory does not read them: what it would have learned
 from them is in its learned initial weights. The paper leaves the nonlinearity of the gate open: we take a
 sigmoid on the branch of the memory.
+
+The name `titans_mal` sets `max_rate` to 0.1: attention sees the memory alone, and with the 0.3 of `titans`
+200 steps of training on text at width 32 ended at a loss of 3.33, not 2.90, with gradients up to 5e4 long.
 """
 
 from dataclasses import dataclass

@@ -20,7 +20,8 @@ and the sigmoid are its gating of sec. 4.2 with a nonlinearity of our choice. Th
 
 The memory learns from outputs that contain what it recalled, and for some parameters that loop is chaotic: of
 nine draws at width 8, gradients of one grew by e^0.004 a token (1e9 after 4,096 tokens of a document), those
-of the others stayed near 1.
+of the others stayed near 1. Hence a smaller `max_rate` than that of `titans`: 200 steps of training on text
+at width 32 ended at a loss of 2.76 with 0.1, of 3.34 with 0.3; gradients were at most 124 and 2e4 long.
 """
 
 from dataclasses import dataclass
@@ -61,7 +62,7 @@ class Config:
     rope_base: float | None = 10000.0  # None: no positions
     depth: int = 2
     expand: int = 2
-    max_rate: float = 0.3
+    max_rate: float = 0.1
     clip: float | None = 1.0
 
     def __post_init__(self):

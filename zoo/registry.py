@@ -116,7 +116,7 @@ LAYERS: dict[str, Entry] = {
     "titans_mal": Entry(
         "titans_attention",
         "chunkwise",
-        {"combine": "layer"},
+        {"combine": "layer", "max_rate": 0.1},
         paper="2501.00663",
         what="Titans MAL: the neural memory feeds window attention.",
     ),

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-BUDGET = 10.0  # seconds a measurement may take before it stops repeating
+BUDGET = 5.0  # seconds a measurement may take before it stops repeating
 PATIENCE = 60.0  # a first call that took longer is not repeated at all
 GROUP = 16  # tokens timed together: what a layer does once a chunk is shared by its tokens
 HEADS = 4
