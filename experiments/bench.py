@@ -11,7 +11,7 @@ analytic FLOPs (3 x forward) make of forward and backward. At T = 1,024 also the
 `lax.scan` over tokens. At T = 16,384 also a bound of that memory: what forward and backward of one piece of
 1,024 tokens need, the output, and a state for every piece, which is what a layer must hold that computes
 everything else again; how many times the bound the layer needs as it is and in such pieces (`zoo/pieces.py`);
-and the time in pieces.
+and the time in pieces. What would take more than half of the machine's memory is left out.
 
 `peers`: the same work in other people's code (`experiments/bench_peers.py`), ours and theirs in turn; theirs
 run in interpreters of their own (tests/oracles/README.md makes them).
@@ -24,7 +24,6 @@ with glibc told to keep what it has (`TUNABLES`). The same variable serves long 
 """
 
 import argparse
-import csv
 import os
 import platform
 import sys
@@ -39,12 +38,13 @@ from experiments import bench_peers
 from experiments.timing import (
     compiled,
     decode_seconds,
+    kept,
     layer_forward,
     layer_gradient,
     line,
     machine,
-    markdown,
     median_seconds,
+    write,
 )
 from experiments.train import peak_flops
 from zoo import pieces, registry
@@ -62,8 +62,10 @@ PATIENCE = 10.0  # seconds: a layer that takes longer at one length is not run a
 
 def _setup(name: str, length: int, width: int):
     """Layer, Config, parameters and input."""
-    # Full attention holds as many tokens as there are; no other state knows of the length.
-    cfg = registry.config(name, width, **({"max_length": length} if name == "attention" else {}))
+    # Full attention's state has a slot for every token, log-linear attention's for every scale.
+    cfg = registry.config(
+        name, width, **({"max_length": length} if "max_length" in registry.fields(name) else {})
+    )
     layer = registry.module(cfg)
     params = layer.init(jax.random.key(0), cfg)
     return layer, cfg, params, jax.random.normal(jax.random.key(2), (BATCH, length, width))
@@ -102,19 +104,30 @@ def _memory(layer, cfg, params, x, plain_MB: float) -> dict[str, float]:
 
 
 def _naive(layer, cfg, params, x) -> dict[str, float]:
-    """Milliseconds of the reference, a scan over tokens."""
-    runs = {"naive_forward_ms": layer_forward, "naive_ms": layer_gradient}
-    programs = {
-        column: compiled(partial(run, layer, cfg, "reference"), params, x)[0] for column, run in runs.items()
-    }
-    return {column: 1e3 * median_seconds(program, params, x) for column, program in programs.items()}
+    """Milliseconds of the reference, a scan over tokens that keeps every state for its backward pass."""
+    columns = {}
+    for column, run in {"naive_forward_ms": layer_forward, "naive_ms": layer_gradient}.items():
+        program, _ = compiled(partial(run, layer, cfg, "reference"), params, x)
+        if _fits(program):
+            columns[column] = 1e3 * median_seconds(program, params, x)
+    return columns
 
 
-def _row(name: str, length: int, width: int) -> dict:
+def _fits(program) -> bool:
+    """Whether the temporary memory of a program is less than half of what this machine has."""
+    return _temporary(program) < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2
+
+
+def _row(name: str, length: int, width: int) -> dict | None:
+    """None, and a line, where the backward pass does not fit in memory."""
     layer, cfg, params, x = _setup(name, length, width)
     forward, first = compiled(partial(layer_forward, layer, cfg, None), params, x)
     gradient, second = compiled(partial(layer_gradient, layer, cfg, None), params, x)
-    seconds, memory = median_seconds(gradient, params, x), _temporary(gradient) / 1e6
+    memory = _temporary(gradient) / 1e6
+    if not _fits(gradient):
+        print(f"{name}: T = {length} needs {memory:,.0f} MB of temporary memory, too much for this machine")
+        return None
+    seconds = median_seconds(gradient, params, x)
     row = {
         "layer": name,
         "T": length,
@@ -138,23 +151,14 @@ def _row(name: str, length: int, width: int) -> dict:
 
 
 def bench_layer(name: str, lengths: tuple[int, ...], width: int = WIDTH) -> list[dict]:
-    """Rows of one layer, shortest length first, up to the first that takes longer than PATIENCE."""
+    """Rows of one layer, shortest length first, as far as memory goes and PATIENCE."""
     rows: list[dict] = []
     for length in sorted(lengths):
-        if rows and rows[-1]["forward_backward_ms"] > 1e3 * PATIENCE:
+        row = _row(name, length, width)
+        rows += [row] if row else []
+        if not row or row["forward_backward_ms"] > 1e3 * PATIENCE:
             break
-        rows.append(_row(name, length, width))
     return rows
-
-
-def write(rows: list[dict], directory: Path, name: str, note: str) -> None:
-    """`name.csv` and `name.md`."""
-    directory.mkdir(parents=True, exist_ok=True)
-    with (directory / f"{name}.csv").open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    (directory / f"{name}.md").write_text(markdown(rows, note))
 
 
 def keep_freed_memory() -> None:
@@ -173,6 +177,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--width", type=int, help=f"default {WIDTH}, for peers {bench_peers.WIDTH}")
     parser.add_argument("--peer-python", help="interpreters with the peers' packages, separated by commas")
+    parser.add_argument("--add", action="store_true", help="keep what the tables have of other names")
     parser.add_argument("--out", type=Path, default=RESULTS, help="directory for the tables")
     return parser
 
@@ -184,11 +189,13 @@ def _names(options, known: Iterable[str]) -> list[str]:
 def _layers(options, note: str) -> int:
     width = options.width or WIDTH
     lengths = tuple(map(int, options.lengths.split(","))) if options.lengths else LENGTHS
-    rows: list[dict] = []
-    for name in _names(options, registry.LAYERS):
+    names = _names(options, registry.LAYERS)
+    table = options.out / ("layers" if width == WIDTH else f"layers_{width}")
+    rows, notes = kept(table, names) if options.add else ([], [])
+    for name in names:
         rows += bench_layer(name, lengths, width)
-        table = "layers" if width == WIDTH else f"layers_{width}"
-        write(rows, options.out, table, f"{note}: width {width}, batch {BATCH}, float32. {machine()}.")
+        head = f"{note}: width {width}, batch {BATCH}, float32. {machine()}."
+        write(rows, table, [*notes, head])
     return 0
 
 
@@ -196,8 +203,11 @@ def _peers(options, note: str) -> int:
     """Every peer that can run does; 1 if one that is installed failed."""
     width, length = options.width or bench_peers.WIDTH, int(options.lengths or bench_peers.LENGTH)
     note = f"{note}: width {width}, B = {bench_peers.BATCH}, T = {length}, decoding at B = 1, float32."
-    rows, failed = [], 0
-    for name in _names(options, bench_peers.PEERS):
+    names, failed = _names(options, bench_peers.PEERS), 0
+    usual = (width, length) == (bench_peers.WIDTH, bench_peers.LENGTH)
+    table = options.out / ("peers" if usual else f"peers_{width}_{length}")
+    rows, notes = kept(table, names) if options.add else ([], [])
+    for name in names:
         try:
             row = bench_peers.bench(name, options.peer_python.split(","), width, length)
         except (RuntimeError, OSError) as error:
@@ -205,10 +215,13 @@ def _peers(options, note: str) -> int:
             row, failed = None, 1
         if row:
             rows.append(row)
-            usual = (width, length) == (bench_peers.WIDTH, bench_peers.LENGTH)
-            table = "peers" if usual else f"peers_{width}_{length}"
-            write(rows, options.out, table, f"{note} {machine()}.")
+            write(rows, table, [*notes, f"{note} {machine()}."])
     return failed
+
+
+def _shown(argument: str) -> str:
+    """As in the command, but only the ends of paths from the root: tables are read on other machines."""
+    return ",".join(str(Path(*Path(a).parts[-3:])) if a.startswith("/") else a for a in argument.split(","))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -221,7 +234,7 @@ def main(arguments: list[str] | None = None) -> int:
     unknown = [name for name in _names(options, known) if name not in known]
     if unknown:
         parser.error(f"unknown {', '.join(unknown)}; choose from {', '.join(known)}")
-    note = f"`python -m experiments.bench {' '.join(arguments or sys.argv[1:])}`"
+    note = f"`python -m experiments.bench {' '.join(map(_shown, arguments or sys.argv[1:]))}`"
     print(machine(), flush=True)
     failed = (_peers if peers else _layers)(options, note)
     print(options.out)

@@ -1,5 +1,6 @@
 """What the benchmarks share: times of compiled functions, and tables of them."""
 
+import csv
 import datetime
 import importlib.metadata
 import os
@@ -99,3 +100,33 @@ def markdown(rows: list[dict], note: str) -> str:
     lines = [note, "", "| " + " | ".join(keys) + " |", "|" + "---|" * len(keys)]
     lines += ["| " + " | ".join(cell(row[k]) for k in keys) + " |" for row in rows]
     return "\n".join(lines) + "\n"
+
+
+def write(rows: list[dict], table: Path, notes: list[str]) -> None:
+    """`table.csv` and `table.md`, which begins with a paragraph for every note."""
+    table.parent.mkdir(parents=True, exist_ok=True)
+    with table.with_suffix(".csv").open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    table.with_suffix(".md").write_text(markdown(rows, "\n\n".join(notes)))
+
+
+def kept(table: Path, names: list[str]) -> tuple[list[dict], list[str]]:
+    """Rows of a written table that are not of `names` (its first column), and its notes, if there is one."""
+    if not table.with_suffix(".csv").exists():
+        return [], []
+    with table.with_suffix(".csv").open(newline="") as stream:
+        rows = [{key: _value(text) for key, text in row.items()} for row in csv.DictReader(stream)]
+    head = table.with_suffix(".md").read_text().split("\n\n|")[0]
+    return [row for row in rows if next(iter(row.values())) not in names], head.split("\n\n")
+
+
+def _value(text: str):
+    """What was written as `text`: nothing, a whole number, a number, or text."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text or None

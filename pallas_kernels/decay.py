@@ -35,11 +35,22 @@ def decayed_scores(q: Array, k: Array, query_sum: Array, key_sum: Array, *, stri
     below the diagonal of each block factors around the decay R at its first row, both exponents
     G_i - R and R - G_j being <= 0; the small blocks on the diagonal are formed pair by pair.
     """
+    lead = q.shape[:-2]
+    blocks = (x if lead else x[None] for x in (q, k, query_sum, key_sum))
+    return _triangles(*blocks, strict).reshape(*lead, *[q.shape[-2]] * 2)
+
+
+def _triangles(q: Array, k: Array, query_sum: Array, key_sum: Array, strict: bool) -> Array:
+    """`decayed_scores` with the blocks along the first axis.
+
+    Not along new ones, nor with a product over pairs: XLA's CPU aborts at matrix products of rank 8, which
+    halving 32 tokens under `vmap` would reach.
+    """
     size = q.shape[-2]
     if size <= SMALLEST_BLOCK:
         pairs = query_sum[..., :, None, :] - key_sum[..., None, :, :]
         visible = jnp.tril(jnp.ones((size, size), bool), -1 if strict else 0)[..., None]
-        return jnp.einsum("...ik,...jk,...ijk->...ij", q, k, masked_exp(pairs, visible))
+        return jnp.sum(q[..., :, None, :] * k[..., None, :, :] * masked_exp(pairs, visible), -1)
     half = size // 2
     early, late = slice(None, half), slice(half, None)
     pivot = query_sum[..., half : half + 1, :]
@@ -49,7 +60,7 @@ def decayed_scores(q: Array, k: Array, query_sum: Array, key_sum: Array, *, stri
         k[..., early, :] * jnp.exp(pivot - key_sum[..., early, :]),
     )
     # Both halves at once, so that the depth of the recursion is the only thing that grows.
-    halves = [jnp.stack([x[..., early, :], x[..., late, :]]) for x in (q, k, query_sum, key_sum)]
-    first, second = decayed_scores(*halves, strict=strict)
+    halves = [jnp.concatenate([x[..., early, :], x[..., late, :]]) for x in (q, k, query_sum, key_sum)]
+    first, second = jnp.split(_triangles(*halves, strict), 2)
     top = jnp.concatenate([first, jnp.zeros_like(below)], -1)
     return jnp.concatenate([top, jnp.concatenate([below, second], -1)], -2)

@@ -17,12 +17,13 @@ def _substitute(a: Array) -> Array:
 
 
 def _inverse(a: Array) -> Array:
+    """Blocks go to the first axis, not to new ones: XLA's CPU aborts at matrix products of rank 8."""
     size = a.shape[-1]
     if size <= SMALLEST_BLOCK:
         return _substitute(a)
     half = size // 2
     # Both halves at once, so that the depth of the recursion is the only thing that grows.
-    first, second = _inverse(jnp.stack([a[..., :half, :half], a[..., half:, half:]]))
+    first, second = jnp.split(_inverse(jnp.concatenate([a[..., :half, :half], a[..., half:, half:]])), 2)
     below = -second @ (a[..., half:, :half] @ first)
     top = jnp.concatenate([first, jnp.zeros_like(below)], -1)
     return jnp.concatenate([top, jnp.concatenate([below, second], -1)], -2)
@@ -37,11 +38,11 @@ def unit_lower_inverse(a: Array) -> Array:
     for random ones; the product (I - A)(I + A^2)(I + A^4)... is not: A's powers grow like binomials.
     The gradient is `-strict_lower(X^T dX X^T)`.
     """
-    return _inverse(a)
+    return _forward(a)[0]
 
 
 def _forward(a: Array) -> tuple[Array, Array]:
-    x = _inverse(a)
+    x = _inverse(a if a.ndim > 2 else a[None]).reshape(a.shape)
     return x, x
 
 

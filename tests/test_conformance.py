@@ -4,6 +4,7 @@ Rows come from `tests/rows.py`; a new architecture adds a row there and nothing 
 """
 
 import functools
+import re
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -323,6 +324,18 @@ def test_vmap_remat_and_donation(name):
     assert_close(through([Link(with_gradients(one_by_one), x)], params, state), expected)
     donating = jax.jit(verbs(name).plain, donate_argnums=2)
     assert_close(donating(params, x, jax.tree.map(jnp.array, state)), expected.outputs)
+
+
+@deep
+@by_row
+def test_no_product_has_eight_axes_under_two_vmaps(name, float32):
+    """XLA's CPU ends the process there, and the axes of blocks and chunks add to those of vmap."""
+    layer, cfg, params, x = setup(name, 64)
+    gradient = jax.grad(lambda params, x: jnp.sum(layer.apply(params, cfg, x)[0]), (0, 1))
+    twice = jax.vmap(jax.vmap(gradient, (None, 0)), (None, 0))
+    text = jax.jit(twice).lower(params, jnp.broadcast_to(x, (2, 2, *x.shape))).as_text()
+    products = re.findall(r"dot_general.*: \(tensor<([^>]*)>, tensor<([^>]*)>\)", text)
+    assert products and max(shape.count("x") for pair in products for shape in pair) < 8
 
 
 @deep

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from experiments import bench, bench_peers
+from experiments import bench, bench_peers, timing
 from experiments.peers import ours as ops
 from zoo import registry
 
@@ -54,3 +54,14 @@ def test_what_cannot_run_is_named_and_the_rest_are_in_the_table(peers, tmp_path,
     for key, time in theirs.items():
         ours = float(row[f"{key}_ours_{'us' if 'decode' in key else 'ms'}"])
         assert float(row[f"{key}_ratio"]) == pytest.approx(time / ours)
+
+
+def test_a_table_grows_by_other_names(tmp_path):
+    options = ["--width", "8", "--lengths", "4", "--out", str(tmp_path)]
+    for name in ("base_conv", "min_gru"):
+        assert bench.main(["layers", "--layers", name, "--add", *options]) == 0
+    rows, notes = timing.kept(tmp_path / "layers_8", [])
+    assert [(row["layer"], row["T"]) for row in rows] == [("base_conv", 4), ("min_gru", 4)]
+    assert len(notes) == 2 and "--layers min_gru --add" in notes[1]
+    assert all(row["forward_ms"] > 0 and row["naive_ms"] is None for row in rows)
+    assert [row["layer"] for row in timing.kept(tmp_path / "layers_8", ["base_conv"])[0]] == ["min_gru"]
