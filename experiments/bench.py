@@ -195,7 +195,8 @@ def _layers(options, note: str) -> int:
     for name in names:
         rows += bench_layer(name, lengths, width)
         head = f"{note}: width {width}, batch {BATCH}, float32. {machine()}."
-        write(rows, table, [*notes, head])
+        if rows:
+            write(rows, table, [*notes, head])
     return 0
 
 

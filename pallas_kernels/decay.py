@@ -37,10 +37,10 @@ def decayed_scores(q: Array, k: Array, query_sum: Array, key_sum: Array, *, stri
     """
     lead = q.shape[:-2]
     blocks = (x if lead else x[None] for x in (q, k, query_sum, key_sum))
-    return _triangles(*blocks, strict).reshape(*lead, *[q.shape[-2]] * 2)
+    return _triangles(*blocks, strict=strict).reshape(*lead, *[q.shape[-2]] * 2)
 
 
-def _triangles(q: Array, k: Array, query_sum: Array, key_sum: Array, strict: bool) -> Array:
+def _triangles(q: Array, k: Array, query_sum: Array, key_sum: Array, *, strict: bool) -> Array:
     """`decayed_scores` with the blocks along the first axis.
 
     Not along new ones, nor with a product over pairs: XLA's CPU aborts at matrix products of rank 8, which
@@ -61,6 +61,6 @@ def _triangles(q: Array, k: Array, query_sum: Array, key_sum: Array, strict: boo
     )
     # Both halves at once, so that the depth of the recursion is the only thing that grows.
     halves = [jnp.concatenate([x[..., early, :], x[..., late, :]]) for x in (q, k, query_sum, key_sum)]
-    first, second = jnp.split(_triangles(*halves, strict), 2)
+    first, second = jnp.split(_triangles(*halves, strict=strict), 2)
     top = jnp.concatenate([first, jnp.zeros_like(below)], -1)
     return jnp.concatenate([top, jnp.concatenate([below, second], -1)], -2)
