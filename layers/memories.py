@@ -20,7 +20,6 @@ def memory_gates(params: Params, x: Array, max_rate: float) -> tuple[Array, Arra
     alpha = sigmoid(forget), eta = sigmoid(momentum), theta = max_rate (1 - eta) sigmoid(rate), each the
     logits `w_* x + *_bias`; eta = 0, and None instead of its log, without parameters of that name.
     """
-
     rate = max_rate * jax.nn.sigmoid(gate_logits(params, "rate", x))
     log_keep = jax.nn.log_sigmoid(-gate_logits(params, "forget", x))
     if "w_momentum" not in params:
