@@ -1,13 +1,15 @@
 """Public entry of the op: checks, head sharing, choice of implementation."""
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
 from pallas_kernels.chunks import accumulation_dtype, chunk_length, number_runs
 from pallas_kernels.decay import full_decay
-from pallas_kernels.dispatch import choose
-from pallas_kernels.gated_linear_attention import reference, xla
+from pallas_kernels.dispatch import Kernel, choose, widened
+from pallas_kernels.gated_linear_attention import reference, tpu, xla
 
 
 def _reference(q, k, v, log_decay, state, segment_ids):
@@ -16,7 +18,11 @@ def _reference(q, k, v, log_decay, state, segment_ids):
     return reference.gated_linear_attention(q, k, v, log_decay, state, segment_ids)
 
 
-IMPLEMENTATIONS = {"reference": _reference, "xla": xla.gated_linear_attention}
+IMPLEMENTATIONS: dict[str, Callable | Kernel] = {
+    "reference": widened(_reference),
+    "xla": widened(xla.gated_linear_attention),
+    "tpu": Kernel(tpu.gated_linear_attention),
+}
 
 
 def gated_linear_attention(
@@ -40,12 +46,10 @@ def gated_linear_attention(
     """
     if v.shape[2] % q.shape[2]:
         raise ValueError(f"gated_linear_attention: {v.shape[2]} value heads over {q.shape[2]} key heads")
-    run = choose("gated_linear_attention", implementation, IMPLEMENTATIONS)
-    dtype = accumulation_dtype(q, k, v)
     if state is None:
-        state = jnp.zeros((v.shape[0], v.shape[2], q.shape[3], v.shape[3]), dtype)
-    wide = [x.astype(dtype) for x in (q, k, v, full_decay(log_decay, v))]
-    out, state = run(*wide, state, number_runs(segment_ids))
+        state = jnp.zeros((v.shape[0], v.shape[2], q.shape[3], v.shape[3]), accumulation_dtype(q, k, v))
+    tokens = q, k, v, full_decay(log_decay, v), state, number_runs(segment_ids)
+    out, state = choose("gated_linear_attention", implementation, IMPLEMENTATIONS, tokens)(*tokens)
     return out.astype(v.dtype), state
 
 
