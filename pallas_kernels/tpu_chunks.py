@@ -6,7 +6,7 @@ its row of the grid is done. The forward kernel also writes the states that ente
 will need them. The backward kernel takes the chunks in reverse order and differentiates each in place.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,7 +17,28 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import dispatch
-from pallas_kernels.tpu_math import F32, column
+from pallas_kernels.chunks import chunk_length
+from pallas_kernels.tpu_math import F32, column, sums
+
+# Tokens of a chunk: by dtype, for heads of at most so many channels.
+Chunks = Mapping[str, Mapping[int, int]]
+
+
+def chunk_of(table: Chunks, q: Array, v: Array) -> int:
+    """For `q [B,T,G,K]`, `v [B,T,H,V]`: that of the table, or less where the sequence is short."""
+    width = max(q.shape[-1], v.shape[-1])
+    sizes = table[v.dtype.name]
+    return chunk_length(v.shape[1], sizes[min(size for size in sizes if size >= width)], 8)
+
+
+def refusal(table: Chunks, q: Array, v: Array) -> str | None:
+    """Why a kernel with this table cannot take these arrays, or None."""
+    if v.dtype.name not in table:
+        return f"takes {' and '.join(table)}, not {v.dtype}"
+    widest = max(table[v.dtype.name])
+    if max(q.shape[-1], v.shape[-1]) > widest:
+        return f"takes heads of at most {widest} channels, not {max(q.shape[-1], v.shape[-1])}"
+    return None
 
 
 class Segments(NamedTuple):
@@ -63,6 +84,17 @@ def cut_segments(ids: Array | None, chunk: int) -> Segments | None:
     last = ids[..., -1:]
     first = before.reshape(-1, 1, 1, 1, 1).astype(jnp.int32)
     return Segments(ids, jnp.concatenate([first, last[:, :, :-1]], 2), last)
+
+
+def decays(log_decay: Array, *, own: bool = True) -> tuple[Array, Array, Array]:
+    """Of a chunk: what of the entering state token t reads (`own`: its decay included), what of its write
+    stays to the end, what of the entering state does: `[C,1]`, `[C,1]`, `[1,1]` from a row `[1,C]`, or
+    `[C,K]`, `[C,K]`, `[K,1]` from `[C,K]`."""
+    read = jnp.exp(sums(log_decay, lambda i, t: t <= i if own else t < i))
+    write = jnp.exp(sums(log_decay, lambda i, t: t > i))
+    if log_decay.shape[0] == 1:
+        return read, write, jnp.exp(jnp.sum(log_decay, 1, keepdims=True))
+    return read, write, jnp.exp(column(jnp.sum(log_decay, 0, keepdims=True)))
 
 
 class _Specs(NamedTuple):

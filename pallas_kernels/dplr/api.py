@@ -1,5 +1,7 @@
 """Public entry of the op: common dtypes and decay form, choice of implementation."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -7,10 +9,14 @@ from jaxtyping import Float, Int
 
 from pallas_kernels.chunks import accumulation_dtype, chunk_length, number_runs
 from pallas_kernels.decay import full_decay
-from pallas_kernels.dispatch import choose
-from pallas_kernels.dplr import reference, xla
+from pallas_kernels.dispatch import Kernel, choose, widened
+from pallas_kernels.dplr import reference, tpu, xla
 
-IMPLEMENTATIONS = {"reference": reference.dplr, "xla": xla.dplr}
+IMPLEMENTATIONS: dict[str, Callable | Kernel] = {
+    "reference": widened(reference.dplr),
+    "xla": widened(xla.dplr),
+    "tpu": Kernel(tpu.dplr, tpu.refusal),
+}
 
 
 def dplr(
@@ -35,12 +41,10 @@ def dplr(
     Recurrence: Peng et al. 2025 (arXiv 2503.14456); chunks as for products of I - beta k k^T (Yang et al.
     2024, arXiv 2406.06484), with the triangular inverse by halving and substitution.
     """
-    run = choose("dplr", implementation, IMPLEMENTATIONS)
-    dtype = accumulation_dtype(q, v, a, b)
     if state is None:
-        state = jnp.zeros((v.shape[0], v.shape[2], q.shape[3], v.shape[3]), dtype)
-    tokens = jax.tree.map(lambda x: x.astype(dtype), (q, k, v, a, b, full_decay(log_decay, v)))
-    out, state = run(*tokens, state, number_runs(segment_ids))
+        state = jnp.zeros((v.shape[0], v.shape[2], q.shape[3], v.shape[3]), accumulation_dtype(q, v, a, b))
+    tokens = q, k, v, a, b, full_decay(log_decay, v), state, number_runs(segment_ids)
+    out, state = choose("dplr", implementation, IMPLEMENTATIONS, tokens)(*tokens)
     return out.astype(v.dtype), state
 
 

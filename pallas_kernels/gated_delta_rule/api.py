@@ -1,15 +1,21 @@
 """Public entry of the op: common dtypes and decay form, choice of implementation."""
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
 from pallas_kernels.chunks import accumulation_dtype, chunk_length, number_runs
 from pallas_kernels.decay import full_decay
-from pallas_kernels.dispatch import choose
-from pallas_kernels.gated_delta_rule import reference, xla
+from pallas_kernels.dispatch import Kernel, choose, widened
+from pallas_kernels.gated_delta_rule import reference, tpu, xla
 
-IMPLEMENTATIONS = {"reference": reference.gated_delta_rule, "xla": xla.gated_delta_rule}
+IMPLEMENTATIONS: dict[str, Callable | Kernel] = {
+    "reference": widened(reference.gated_delta_rule),
+    "xla": widened(xla.gated_delta_rule),
+    "tpu": Kernel(tpu.gated_delta_rule, tpu.refusal),
+}
 
 
 def gated_delta_rule(
@@ -33,12 +39,10 @@ def gated_delta_rule(
     Chunkwise form (UT transform): Yang et al. 2024 (arXiv 2406.06484), with decay Yang et al. 2024
     (arXiv 2412.06464); the triangular inverse is by halving and substitution.
     """
-    run = choose("gated_delta_rule", implementation, IMPLEMENTATIONS)
-    dtype = accumulation_dtype(q, k, v, p)
     if state is None:
-        state = jnp.zeros((v.shape[0], v.shape[2], q.shape[3], v.shape[3]), dtype)
-    wide = [x.astype(dtype) for x in (q, k, v, p, full_decay(log_decay, v))]
-    out, state = run(*wide, state, number_runs(segment_ids))
+        state = jnp.zeros((v.shape[0], v.shape[2], q.shape[3], v.shape[3]), accumulation_dtype(q, k, v, p))
+    tokens = q, k, v, p, full_decay(log_decay, v), state, number_runs(segment_ids)
+    out, state = choose("gated_delta_rule", implementation, IMPLEMENTATIONS, tokens)(*tokens)
     return out.astype(v.dtype), state
 
 

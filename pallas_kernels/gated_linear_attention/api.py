@@ -21,7 +21,7 @@ def _reference(q, k, v, log_decay, state, segment_ids):
 IMPLEMENTATIONS: dict[str, Callable | Kernel] = {
     "reference": widened(_reference),
     "xla": widened(xla.gated_linear_attention),
-    "tpu": Kernel(tpu.gated_linear_attention),
+    "tpu": Kernel(tpu.gated_linear_attention, tpu.refusal),
 }
 
 

@@ -1,22 +1,19 @@
 """The chunkwise form of `xla.py` as a TPU kernel: what a chunk makes never leaves VMEM."""
 
-import jax.numpy as jnp
+from pallas_kernels import tpu_chunks
+from pallas_kernels.tpu_chunks import chunk_of, cut, cut_decay, cut_segments, decays, join, scan_chunks
+from pallas_kernels.tpu_math import F32, dot, scores
 
-from pallas_kernels.chunks import chunk_length
-from pallas_kernels.tpu_chunks import cut, cut_decay, cut_segments, join, scan_chunks
-from pallas_kernels.tpu_math import F32, column, dot, scores, sums
-
-CHUNK = 128
+# Larger chunks pass the state on less often and fill the 128 x 128 matrix unit; all of these compile for
+# v5e, v6e and v7x (experiments/results/kernels_static.md). No time has been measured on a TPU.
+CHUNK = {"bfloat16": {128: 128, 256: 128}, "float32": {128: 128, 256: 64}}
 
 
 def _chunk(state, tokens, shared, marks):
     """`q, k [C,K]`, `v [C,V]`, `log_decay [1,C]` or `[C,K]`; `state [K,V]` float32."""
     q, k, v, log_decay = tokens
     pairs = scores(q, k, log_decay)
-    read = jnp.exp(sums(log_decay, lambda i, t: t <= i))
-    write = jnp.exp(sums(log_decay, lambda i, t: t > i))
-    total = jnp.sum(log_decay, 1 if log_decay.shape[0] == 1 else 0, keepdims=True)
-    keep = jnp.exp(total if total.shape[1] == 1 else column(total))
+    read, write, keep = decays(log_decay)
     if marks is not None:
         same, seen, into, one = marks.masks()
         pairs, read, write, keep = pairs * same, read * seen, write * into, keep * one
@@ -27,9 +24,13 @@ def _chunk(state, tokens, shared, marks):
 
 def gated_linear_attention(q, k, v, log_decay, state, segment_ids=None):
     """Chunk by chunk; `q, k` may have fewer heads than `v`; decay `[B,T,H,K or 1]` float32."""
-    length = v.shape[1]
-    chunk = chunk_length(length, CHUNK, 8)
+    chunk = chunk_of(CHUNK, q, v)
     tokens = (*(cut(x, chunk) for x in (q, k, v)), cut_decay(log_decay, chunk))
     marks = cut_segments(segment_ids, chunk)
     out, state = scan_chunks(_chunk, "gated_linear_attention", state.astype(F32), tokens, (), marks)
-    return join(out, length), state
+    return join(out, v.shape[1]), state
+
+
+def refusal(q, k, v, *rest) -> str | None:
+    """Why the kernel cannot take these arguments, or None."""
+    return tpu_chunks.refusal(CHUNK, q, v)
