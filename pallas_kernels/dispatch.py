@@ -76,10 +76,14 @@ def missing_hardware(platform: str) -> str | None:
     return None
 
 
+def _double(x: Any) -> bool:
+    return getattr(x, "dtype", None) in (jnp.float64, jnp.complex128)
+
+
 def refusal(kernel: Kernel, platform: str, arguments: tuple) -> str | None:
     """Why a kernel cannot run here on these arguments, or None."""
     reason = missing_hardware(platform)
-    if reason is None and any(x.dtype == jnp.float64 for x in jax.tree.leaves(arguments)):
+    if reason is None and any(_double(x) for x in jax.tree.leaves(arguments)):
         reason = "takes no float64"
     return reason or kernel.refusal(*arguments)
 

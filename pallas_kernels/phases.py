@@ -31,7 +31,7 @@ class Group(NamedTuple):
     @property
     def reaches(self) -> Array:
         """`[B,C]`: tokens of the document, and of the chunk, that the memory stands in afterwards."""
-        return self.pairs[:, -1]
+        return self.pairs[..., -1, :]
 
     @property
     def total(self) -> Array:
@@ -140,3 +140,47 @@ def scan_blocks(
     blocks = jax.tree.map(lambda x: split_time(x, block), tokens)
     (memory, _), out = jax.lax.scan(body, carry, (blocks, run, real))
     return jax.tree.map(lambda x: join_time(x, length), out), memory
+
+
+class Plan(NamedTuple):
+    """What `scan_blocks` would do, known before the tokens are: passes over n blocks."""
+
+    groups: Group  # [n,passes,B,...]
+    full: Array  # [n,passes,B] the chunk of the document that reaches the end of the block is full there
+    phase: Array  # [B] int32 after the last block
+
+
+def plan(
+    length: int, block: int, chunk: int, batch: int, phase: Array | None, segment_ids: Array | None
+) -> Plan:
+    """For blocks of `block <= chunk` tokens, from a carried `phase [B]` or a document's start (None).
+
+    One pass a block where no chunk ends inside of one and there is one document, else two, or three with
+    documents: the same passes in the same order as in `scan_blocks`.
+    """
+    real = jnp.broadcast_to(
+        split_time(jnp.ones((1, length), bool), block), (-(-length // block), batch, block)
+    )
+    run = None if segment_ids is None else split_time(segment_ids, block, edge=True)
+    aligned = phase is None and run is None and (chunk % block == 0 or length <= block)
+
+    def body(carry, inputs):
+        (phase, carry_run), (run, real) = carry, inputs
+        if aligned:
+            groups = Group(real[None], _pairs(real)[None], jnp.zeros(1, bool))
+        else:
+            groups = _groups(real, run, carry_run, chunk - phase)
+        phase, full = jax.lax.scan(partial(_advance_phase, chunk=chunk), phase, groups)
+        return (phase, None if run is None else run[:, -1]), (groups, full)
+
+    first = jnp.zeros(batch, jnp.int32) if phase is None else phase
+    carry = first, None if segment_ids is None else segment_ids[:, 0]
+    (last, _), (groups, full) = jax.lax.scan(body, carry, (run, real))
+    return Plan(groups, full, last)
+
+
+def _advance_phase(phase: Array, group: Group, *, chunk: int) -> tuple[Array, Array]:
+    """The phase after a group, and whether the chunk is full there."""
+    after = jnp.where(group.begins, 0, phase) + group.total
+    full = after == chunk
+    return jnp.where(jnp.any(group.reaches, -1), jnp.where(full, 0, after), phase), full

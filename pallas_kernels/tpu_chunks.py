@@ -20,6 +20,9 @@ from pallas_kernels import dispatch
 from pallas_kernels.chunks import chunk_length
 from pallas_kernels.tpu_math import F32, column, sums
 
+# The compilers' own limit is 16 MiB; a core has 128 (v5e, v6e) or 64 (v7x), part of which holds blocks in flight.
+VMEM = 48 << 20
+
 # Tokens of a chunk: by dtype, for heads of at most so many channels.
 Chunks = Mapping[str, Mapping[int, int]]
 
@@ -172,7 +175,9 @@ def _call(kernel, grid, in_specs, out_specs, out_shape, name: str):
         in_specs=in_specs,
         out_specs=out_specs,
         out_shape=out_shape,
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM
+        ),
         interpret=dispatch.interpretation("tpu"),
         name=name,
     )

@@ -6,7 +6,7 @@ from pallas_kernels.tpu_math import F32, dot, scores
 
 # Larger chunks pass the state on less often and fill the 128 x 128 matrix unit; all of these compile for
 # v5e, v6e and v7x (experiments/results/kernels_static.md). No time has been measured on a TPU.
-CHUNK = {"bfloat16": {128: 128, 256: 128}, "float32": {128: 128, 256: 64}}
+CHUNK = {"bfloat16": {128: 128, 256: 128}, "float32": {128: 128, 256: 128}}
 
 
 def _chunk(state, tokens, shared, marks):

@@ -8,14 +8,18 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from pallas_kernels.chunks import accumulation_dtype, chunk_length, number_runs
-from pallas_kernels.dispatch import choose
-from pallas_kernels.memory_update import reference, xla
+from pallas_kernels.dispatch import Kernel, choose
+from pallas_kernels.memory_update import reference, tpu, xla
 from pallas_kernels.memory_update.memory import ENDLESS, Memory, Rule, Tokens, shift
 from pallas_kernels.orthogonal import CLASSICAL, MUON
 from pallas_kernels.orthogonal import flops as orthogonal_flops
 from pallas_kernels.phases import BLOCK, Group
 
-IMPLEMENTATIONS = {"reference": reference.memory_update, "xla": xla.memory_update}
+IMPLEMENTATIONS: dict[str, Callable | Kernel] = {
+    "reference": reference.memory_update,
+    "xla": xla.memory_update,
+    "tpu": Kernel(tpu.memory_update, tpu.refusal),
+}
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu": jax.nn.gelu}
 # |x| is smoothed to sqrt(x^2 + SMOOTH), so that it has a second derivative.
 SMOOTH = 1e-6
@@ -210,7 +214,6 @@ def memory_update(
 
     Behrouz, Zhong, Mirrokni 2024 (arXiv 2501.00663) eq. 8-15; parallel within a chunk as in their sec. 3.2.
     """
-    run = choose("memory_update", implementation, IMPLEMENTATIONS)
     dtype = accumulation_dtype(q, k, v, *initial, *(() if state is None else state.weights))
     tokens = Tokens(q, k, v, rate, log_keep, log_momentum, read_scale, threshold, gain, orthogonal)
     static = _rule(**rule)
@@ -219,7 +222,8 @@ def memory_update(
     tokens = _prepared(tokens, static, dtype)
     fresh = _fresh(initial, tokens, static.window)
     carried = None if state is None else shift(state, initial, 1)
-    (y, surprise), carried = run(fresh, tokens, norm, carried, number_runs(segment_ids), static)
+    arguments = fresh, tokens, norm, carried, number_runs(segment_ids), static
+    (y, surprise), carried = choose("memory_update", implementation, IMPLEMENTATIONS, arguments)(*arguments)
     return (y.astype(v.dtype), surprise), shift(carried, initial, -1)
 
 

@@ -59,6 +59,38 @@ class Keys(NamedTuple):
     threshold: Array | None  # [B,H,U]
 
 
+class Linear(NamedTuple):
+    """The same where reads and writes are linear: for the tokens, and for the end."""
+
+    keep: Array  # [...,C,1]
+    gradient: Array  # [...,C,U]
+    in_weights: Array | None  # [...,C,1]
+    end_keep: Array  # [...,1,1]
+    end_gradient: Array  # [...,U,1]
+    end_in_weights: Array | None  # [...,1,1]
+    end_stay: Array | None  # [...,1,1]
+    end_momentum: Array | None  # [...,U,1]
+
+
+def linear(c: Coefficients) -> Linear:
+    def tokens(x):
+        return None if x is None else x[..., :-1, :]
+
+    def end(x):
+        return None if x is None else x[..., -1:, :]
+
+    return Linear(
+        tokens(c.keep),
+        c.gradient[..., :-1, :],
+        tokens(c.in_weights),
+        end(c.keep),
+        c.gradient[..., -1, :, None],
+        end(c.in_weights),
+        end(c.stay),
+        None if c.stay is None else c.momentum[..., -1, :, None],
+    )
+
+
 def _decays(log_gate: Array, pairs: Array) -> tuple[Array, Array]:
     """Products of a gate from the start of the run, `[B,H,C+1]`, and between tokens, `[B,H,C+1,C]`."""
     pairs = pairs[:, None]
@@ -77,7 +109,7 @@ def _window_weights(memory: Memory, tokens: Tokens, group: Group, rule: Rule) ->
     return jnp.where(jnp.concatenate([past, near], -1)[:, None], gain[..., None, :], 0)
 
 
-def _coefficients(memory: Memory, tokens: Tokens, group: Group, rule: Rule) -> Coefficients:
+def coefficients(memory: Memory, tokens: Tokens, group: Group, rule: Rule) -> Coefficients:
     keep, between = _decays(tokens.log_keep, group.pairs)
     band = _window_weights(memory, tokens, group, rule) if rule.window > 1 else None
 
@@ -103,10 +135,10 @@ def _coefficients(memory: Memory, tokens: Tokens, group: Group, rule: Rule) -> C
 
 
 def _times(x: Array, w: Array) -> Array:
-    return jnp.einsum("bhti,bhio->bhto", x, w)
+    return jnp.einsum("...ti,...io->...to", x, w)
 
 
-def _gradients(weights: Weights, keys: Keys, norm, rule: Rule) -> tuple[list, list, Array]:
+def gradients(weights: Weights, keys: Keys, norm, rule: Rule) -> tuple[list, list, Array]:
     """Per inner layer its inputs x and output gradients d at the keys, and the loss `[B,H,U]`.
 
     The slope of the activation comes from forward mode, so that the whole can be differentiated again.
@@ -119,15 +151,12 @@ def _gradients(weights: Weights, keys: Keys, norm, rule: Rule) -> tuple[list, li
         inputs.append(x)
         slopes.append(slope)
 
-    def surprise(z):
-        each = rule.loss(head(z, keys.k, norm, rule) - keys.v, keys.threshold)
-        return jnp.sum(each), each
-
-    delta, each = jax.grad(surprise, has_aux=True)(z)
+    each, pull = jax.vjp(lambda z: rule.loss(head(z, keys.k, norm, rule) - keys.v, keys.threshold), z)
+    (delta,) = pull(jnp.ones_like(each))
     deltas = [delta]
     for w, slope in zip(weights[:0:-1], slopes[::-1], strict=True):
         w = w[..., : slope.shape[-1], :]  # without the bias
-        deltas.insert(0, jnp.einsum("bhto,bhio->bhti", deltas[0], w) * slope)
+        deltas.insert(0, jnp.einsum("...to,...io->...ti", deltas[0], w) * slope)
     if rule.clip is not None:
         deltas = [_clipped(x, d, rule.clip) for x, d in zip(inputs, deltas, strict=True)]
     return inputs, deltas, each
@@ -149,16 +178,16 @@ class Layer(NamedTuple):
     delta: Array
 
 
-def _linear_read(hidden: Array, layer: Layer, c: Coefficients, read_scale: Array | None):
+def linear_read(hidden: Array, layer: Layer, c: Linear, read_scale: Array | None):
     """`(h W_t, W_end, S_end)` without the W_t."""
-    scores = c.gradient[..., :-1, :] * jnp.einsum("bhti,bhui->bhtu", hidden, layer.x)
-    z = c.keep[..., :-1, :] * _times(hidden, layer.weights) - _times(scores, layer.delta)
-    end = c.keep[..., -1:, :] * layer.weights - _outer(layer, c.gradient[..., -1, :])
+    scores = c.gradient * jnp.einsum("...ti,...ui->...tu", hidden, layer.x)
+    z = c.keep * _times(hidden, layer.weights) - _times(scores, layer.delta)
+    end = c.end_keep * layer.weights - _outer(layer, c.end_gradient)
     momentum = None
-    if layer.momentum is not None and c.in_weights is not None and c.stay is not None:
-        z = z + c.in_weights[..., :-1, :] * _times(hidden, layer.momentum)
-        end = end + c.in_weights[..., -1:, :] * layer.momentum
-        momentum = c.stay[..., -1:, :] * layer.momentum - _outer(layer, c.momentum[..., -1, :])
+    if layer.momentum is not None and c.in_weights is not None:
+        z = z + c.in_weights * _times(hidden, layer.momentum)
+        end = end + c.end_in_weights * layer.momentum
+        momentum = c.end_stay * layer.momentum - _outer(layer, c.end_momentum)
     if read_scale is not None:
         before = _times(hidden, layer.start)
         z = before + read_scale[..., None] * (z - before)
@@ -189,7 +218,7 @@ def _every(coefficient: Array, w: Array) -> Array:
 
 
 def _outer(layer: Layer, coefficient: Array) -> Array:
-    return jnp.einsum("bhui,bhuo->bhio", layer.x * coefficient[..., None], layer.delta)
+    return jnp.einsum("...ui,...uo->...io", layer.x * coefficient, layer.delta)
 
 
 def _outers(layer: Layer, coefficient: Array) -> Array:
@@ -210,14 +239,14 @@ def advance(memory: Memory, tokens: Tokens, group: Group, *, norm, rule: Rule):
     tokens = tokens.map(lambda x: jnp.swapaxes(x, 1, 2))
     if norm is not None:
         norm = tuple(x[:, None] for x in norm)
-    c = _coefficients(memory, tokens, group, rule)
-    inputs, deltas, surprise = _gradients(used(memory.start, rule), _keys(memory, tokens, rule), norm, rule)
+    c = coefficients(memory, tokens, group, rule)
+    inputs, deltas, surprise = gradients(used(memory.start, rule), _keys(memory, tokens, rule), norm, rule)
     z, weights, momentum = tokens.q, [], []
     for i, (start, w, x, delta) in enumerate(zip(memory.start, memory.weights, inputs, deltas, strict=True)):
         layer = Layer(start, w, memory.momentum[i] if memory.momentum else None, x, delta)
         hidden, _ = affine(rule.activation(z) if i else z, w, lambda x, w: x)
         if rule.retention is None and tokens.orthogonal is None:
-            z, end, s = _linear_read(hidden, layer, c, tokens.read_scale)
+            z, end, s = linear_read(hidden, layer, linear(c), tokens.read_scale)
         else:
             z, end, s = _written_out(hidden, layer, c, tokens.orthogonal, rule)
         weights.append(end)

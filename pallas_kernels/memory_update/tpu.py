@@ -1,0 +1,129 @@
+"""The dual form of `xla.py` as a TPU kernel: the inner network stays on the chip from block to block.
+
+What depends on gates and document boundaries alone, the coefficients, is made beforehand and streams in with
+the tokens; the kernel does what needs the weights. Its backward pass reads the weights that entered each block.
+All products are in float32 with Precision.HIGHEST, also for bfloat16 streams: a network is trained here.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.chunks import chunk_length
+from pallas_kernels.memory_update.memory import Memory, Rule, affine, head
+from pallas_kernels.memory_update.xla import Keys, Layer, Linear, coefficients, gradients, linear, linear_read
+from pallas_kernels.phases import plan
+from pallas_kernels.tpu_chunks import cut, join, scan_chunks
+from pallas_kernels.tpu_math import F32, column, row
+
+# Tokens of a block, where chunks are not shorter: scores and coefficients grow with it, the states written out
+# for the backward pass shrink. Compiled, not timed.
+BLOCK = 64
+# Numbers in the inner weights of one head: their start, end and momentum, of value and gradient, share VMEM.
+LARGEST = 1 << 17
+
+
+def _columns(c: Linear) -> Linear:
+    """Rows `[1,C]` as they arrive to columns `[C,1]`."""
+    turned = {
+        name: None if getattr(c, name) is None else column(getattr(c, name))
+        for name in ("keep", "in_weights", "end_gradient", "end_momentum")
+    }
+    return c._replace(**turned)
+
+
+def _advance(memory, q, k, v, c: Linear, norm, rule: Rule):
+    """One pass over a block: `(weights, momentum, y, surprise)`."""
+    start, weights, momentum = memory
+    inputs, deltas, surprise = gradients(start, Keys(k, v, None), norm, rule)
+    z, ends, moves = q, [], []
+    for i, (w, x, delta) in enumerate(zip(weights, inputs, deltas, strict=True)):
+        hidden, _ = affine(rule.activation(z) if i else z, w, lambda x, w: x)
+        z, end, move = linear_read(
+            hidden, Layer(start[i], w, momentum[i] if momentum else None, x, delta), c, None
+        )
+        ends.append(end)
+        moves += [] if move is None else [move]
+    return tuple(ends), tuple(moves), head(z, q, norm, rule), row(surprise[:, None])
+
+
+def _select(flag, yes, no):
+    """`yes` where `flag`, 0 or 1 in float32 and broadcast, else `no`."""
+    return jax.tree.map(lambda a, b: jnp.where(jnp.broadcast_to(flag, a.shape) > 0.5, a, b), yes, no)
+
+
+def _chunk(state, tokens, shared, marks, rule: Rule):
+    """`q, k [C,K]`, `v [C,V]` and coefficients for each pass; `state`: start, weights, momentum."""
+    (q, k, v, passes), (initial, norm) = tokens, shared
+    narrow = v.dtype
+    q, k, v = (x.astype(F32) for x in (q, k, v))
+    y, surprise = jnp.zeros_like(v), jnp.zeros_like(marks[0][0])
+    with jax.default_matmul_precision("highest"):
+        for number, (c, (members, reaches, full)) in enumerate(zip(passes, marks, strict=True)):
+            # The third pass is over documents that begin in this block.
+            empty = tuple(jnp.zeros_like(m) for m in state[2])
+            source = (initial, initial, empty) if number == 2 else state
+            weights, momentum, own_y, own_surprise = _advance(source, q, k, v, _columns(c), norm, rule)
+            after = _select(full, weights, source[0]), weights, momentum
+            state = _select(reaches, after, state)
+            y, surprise = _select(column(members), own_y, y), _select(members, own_surprise, surprise)
+    return state, (y.astype(narrow), surprise)
+
+
+def _stream(c: Linear) -> tuple[Linear, ...]:
+    """`[n,P,B,H,...]` to one of `[B,H,n,...]` per pass, columns as rows."""
+    rows = ("keep", "in_weights", "end_gradient", "end_momentum")
+    turned = {
+        name: None if getattr(c, name) is None else jnp.swapaxes(getattr(c, name), -1, -2) for name in rows
+    }
+    c = c._replace(**turned)
+    passes = c.keep.shape[1]
+    return tuple(jax.tree.map(lambda x, p=p: jnp.moveaxis(x[:, p], 0, 2), c) for p in range(passes))
+
+
+def _marks(steps) -> tuple:
+    """Per pass: its tokens `[B,1,n,1,C]`, whether any reaches the end, whether the chunk is full then."""
+
+    def mark(x):
+        return jnp.moveaxis(x.astype(F32), 0, 1)[:, None, :, None]
+
+    reaches = jnp.any(steps.groups.reaches, -1, keepdims=True)
+    streams = steps.groups.members, reaches, steps.full[..., None]
+    return tuple(tuple(mark(x[:, p]) for x in streams) for p in range(reaches.shape[1]))
+
+
+def memory_update(fresh, tokens, norm, memory, segment_ids, rule: Rule):
+    """Block by block; `fresh` is the memory at the start of a document, `memory` the carried one or None."""
+    batch, length = tokens.q.shape[:2]
+    block = chunk_length(length, min(rule.chunk, BLOCK), min(rule.chunk, 8))
+    steps = plan(length, block, rule.chunk, batch, None if memory is None else memory.phase, segment_ids)
+
+    def of_gates(gates, group):
+        return linear(coefficients(fresh, tokens._replace(q=None, k=None, v=None, **gates), group, rule))
+
+    gates = {name: x for name, x in tokens._asdict().items() if name not in "qkv" and x is not None}
+    gates = {
+        name: jnp.moveaxis(cut(x[..., None].astype(F32), block)[..., 0], 2, 0) for name, x in gates.items()
+    }
+    c = jax.vmap(jax.vmap(of_gates, (None, 0)), (0, 0))(gates, steps.groups)
+    streams = (*(cut(x, block) for x in tokens[:3]), _stream(c))
+    initial = tuple(w[0].astype(F32) for w in fresh.weights)
+    shared = initial, None if norm is None else tuple(x[:, None].astype(F32) for x in norm)
+    entering = fresh if memory is None else memory
+    state = jax.tree.map(lambda w: w.astype(F32), (entering.start, entering.weights, entering.momentum))
+    run = partial(_chunk, rule=rule)
+    (y, surprise), state = scan_chunks(run, "memory_update", state, streams, shared, _marks(steps))
+    surprise = join(jnp.swapaxes(surprise, 3, 4), length)[..., 0]
+    return (join(y, length), surprise), Memory(*state, steps.phase)
+
+
+def refusal(fresh, tokens, norm, memory, segment_ids, rule: Rule) -> str | None:
+    """Why the kernel cannot take these arguments, or None."""
+    if rule.retention is not None or rule.window > 1:
+        return "takes linear retention and window=1 only"
+    for name in ("read_scale", "threshold", "orthogonal"):
+        if getattr(tokens, name) is not None:
+            return f"takes no {name}"
+    size = sum(w.shape[-2] * w.shape[-1] for w in fresh.weights)
+    return None if size <= LARGEST else f"takes inner weights of at most {LARGEST} numbers a head, not {size}"
