@@ -20,7 +20,7 @@ from pallas_kernels import dispatch
 from pallas_kernels.chunks import chunk_length
 from pallas_kernels.tpu_math import F32, column, sums
 
-# The compilers' own limit is 16 MiB; a core has 128 (v5e, v6e) or 64 (v7x), part of which holds blocks in flight.
+# The compiler's own limit is 16 MiB of the 128 (v5e, v6e) or 64 (v7x) that a core has.
 VMEM = 48 << 20
 
 # Tokens of a chunk: by dtype, for heads of at most so many channels.

@@ -4,8 +4,8 @@ from pallas_kernels import tpu_chunks
 from pallas_kernels.tpu_chunks import chunk_of, cut, cut_decay, cut_segments, decays, join, scan_chunks
 from pallas_kernels.tpu_math import F32, dot, scores, unit_lower_inverse
 
-# The inverse costs 4 C^2 log2(C) per token, so that chunks are shorter than for plain linear attention. All of
-# these compile for v5e, v6e and v7x (experiments/results/kernels_static.md). No time has been measured on a TPU.
+# The inverse costs 4 C^2 log2(C) per token, so that chunks are shorter than for plain linear attention. All
+# of these compile for v5e, v6e and v7x (experiments/results/kernels_static.md); none has been timed on a TPU.
 CHUNK = {"bfloat16": {128: 64, 256: 64}, "float32": {128: 64, 256: 64}}
 
 

@@ -1,14 +1,16 @@
 """The dual form of `xla.py` as a TPU kernel: the inner network stays on the chip from block to block.
 
 What depends on gates and document boundaries alone, the coefficients, is made beforehand and streams in with
-the tokens; the kernel does what needs the weights. Its backward pass reads the weights that entered each block.
-All products are in float32 with Precision.HIGHEST, also for bfloat16 streams: a network is trained here.
+the tokens; the kernel does what needs the weights. Its backward pass reads the weights that entered each
+block. All products are in float32 with Precision.HIGHEST, for bfloat16 streams too: a network is trained.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from pallas_kernels.chunks import chunk_length
 from pallas_kernels.memory_update.memory import Memory, Rule, affine, head
@@ -17,20 +19,19 @@ from pallas_kernels.phases import plan
 from pallas_kernels.tpu_chunks import cut, join, scan_chunks
 from pallas_kernels.tpu_math import F32, column, row
 
-# Tokens of a block, where chunks are not shorter: scores and coefficients grow with it, the states written out
-# for the backward pass shrink. Compiled, not timed.
+# Tokens of a block, where chunks are not shorter: scores and coefficients grow with it, the states written
+# out for the backward pass shrink. Compiled, not timed.
 BLOCK = 64
 # Numbers in the inner weights of one head: their start, end and momentum, of value and gradient, share VMEM.
 LARGEST = 1 << 17
 
 
-def _columns(c: Linear) -> Linear:
-    """Rows `[1,C]` as they arrive to columns `[C,1]`."""
-    turned = {
-        name: None if getattr(c, name) is None else column(getattr(c, name))
-        for name in ("keep", "in_weights", "end_gradient", "end_momentum")
-    }
-    return c._replace(**turned)
+def _turned(c: Linear, turn: Callable[[Array], Array]) -> Linear:
+    """`turn` of what is a column of C numbers: they travel as rows."""
+    m = c.moving
+    if m is not None:
+        m = m._replace(in_weights=turn(m.in_weights), end_gradient=turn(m.end_gradient))
+    return c._replace(keep=turn(c.keep), end_gradient=turn(c.end_gradient), moving=m)
 
 
 def _advance(memory, q, k, v, c: Linear, norm, rule: Rule):
@@ -64,20 +65,16 @@ def _chunk(state, tokens, shared, marks, rule: Rule):
             # The third pass is over documents that begin in this block.
             empty = tuple(jnp.zeros_like(m) for m in state[2])
             source = (initial, initial, empty) if number == 2 else state
-            weights, momentum, own_y, own_surprise = _advance(source, q, k, v, _columns(c), norm, rule)
+            weights, momentum, own_y, own_surprise = _advance(source, q, k, v, _turned(c, column), norm, rule)
             after = _select(full, weights, source[0]), weights, momentum
             state = _select(reaches, after, state)
             y, surprise = _select(column(members), own_y, y), _select(members, own_surprise, surprise)
     return state, (y.astype(narrow), surprise)
 
 
-def _stream(c: Linear) -> tuple[Linear, ...]:
+def _streams(c: Linear) -> tuple[Linear, ...]:
     """`[n,P,B,H,...]` to one of `[B,H,n,...]` per pass, columns as rows."""
-    rows = ("keep", "in_weights", "end_gradient", "end_momentum")
-    turned = {
-        name: None if getattr(c, name) is None else jnp.swapaxes(getattr(c, name), -1, -2) for name in rows
-    }
-    c = c._replace(**turned)
+    c = _turned(c, lambda x: jnp.swapaxes(x, -1, -2))
     passes = c.keep.shape[1]
     return tuple(jax.tree.map(lambda x, p=p: jnp.moveaxis(x[:, p], 0, 2), c) for p in range(passes))
 
@@ -107,15 +104,17 @@ def memory_update(fresh, tokens, norm, memory, segment_ids, rule: Rule):
         name: jnp.moveaxis(cut(x[..., None].astype(F32), block)[..., 0], 2, 0) for name, x in gates.items()
     }
     c = jax.vmap(jax.vmap(of_gates, (None, 0)), (0, 0))(gates, steps.groups)
-    streams = (*(cut(x, block) for x in tokens[:3]), _stream(c))
+    streams = (*(cut(x, block) for x in tokens[:3]), _streams(c))
     initial = tuple(w[0].astype(F32) for w in fresh.weights)
     shared = initial, None if norm is None else tuple(x[:, None].astype(F32) for x in norm)
     entering = fresh if memory is None else memory
     state = jax.tree.map(lambda w: w.astype(F32), (entering.start, entering.weights, entering.momentum))
     run = partial(_chunk, rule=rule)
-    (y, surprise), state = scan_chunks(run, "memory_update", state, streams, shared, _marks(steps))
+    (y, surprise), (start, weights, momentum) = scan_chunks(
+        run, "memory_update", state, streams, shared, _marks(steps)
+    )
     surprise = join(jnp.swapaxes(surprise, 3, 4), length)[..., 0]
-    return (join(y, length), surprise), Memory(*state, steps.phase)
+    return (join(y, length), surprise), Memory(start, weights, momentum, steps.phase)
 
 
 def refusal(fresh, tokens, norm, memory, segment_ids, rule: Rule) -> str | None:

@@ -59,36 +59,32 @@ class Keys(NamedTuple):
     threshold: Array | None  # [B,H,U]
 
 
+class Moving(NamedTuple):
+    """How the momentum that enters goes on, where reads and writes are linear."""
+
+    in_weights: Array  # [...,C,1]
+    end_in_weights: Array  # [...,1,1]
+    end_stay: Array  # [...,1,1]
+    end_gradient: Array  # [...,U,1] of each gradient, in the momentum
+
+
 class Linear(NamedTuple):
-    """The same where reads and writes are linear: for the tokens, and for the end."""
+    """The coefficients where reads and writes are linear: for the tokens, and for the end."""
 
     keep: Array  # [...,C,1]
     gradient: Array  # [...,C,U]
-    in_weights: Array | None  # [...,C,1]
     end_keep: Array  # [...,1,1]
     end_gradient: Array  # [...,U,1]
-    end_in_weights: Array | None  # [...,1,1]
-    end_stay: Array | None  # [...,1,1]
-    end_momentum: Array | None  # [...,U,1]
+    moving: Moving | None
 
 
 def linear(c: Coefficients) -> Linear:
-    def tokens(x):
-        return None if x is None else x[..., :-1, :]
-
-    def end(x):
-        return None if x is None else x[..., -1:, :]
-
-    return Linear(
-        tokens(c.keep),
-        c.gradient[..., :-1, :],
-        tokens(c.in_weights),
-        end(c.keep),
-        c.gradient[..., -1, :, None],
-        end(c.in_weights),
-        end(c.stay),
-        None if c.stay is None else c.momentum[..., -1, :, None],
-    )
+    moving = None
+    if c.stay is not None and c.in_weights is not None:
+        end = c.in_weights[..., -1:, :], c.stay[..., -1:, :], c.momentum[..., -1, :, None]
+        moving = Moving(c.in_weights[..., :-1, :], *end)
+    tokens = c.keep[..., :-1, :], c.gradient[..., :-1, :]
+    return Linear(*tokens, c.keep[..., -1:, :], c.gradient[..., -1, :, None], moving)
 
 
 def _decays(log_gate: Array, pairs: Array) -> tuple[Array, Array]:
@@ -184,10 +180,11 @@ def linear_read(hidden: Array, layer: Layer, c: Linear, read_scale: Array | None
     z = c.keep * _times(hidden, layer.weights) - _times(scores, layer.delta)
     end = c.end_keep * layer.weights - _outer(layer, c.end_gradient)
     momentum = None
-    if layer.momentum is not None and c.in_weights is not None:
-        z = z + c.in_weights * _times(hidden, layer.momentum)
-        end = end + c.end_in_weights * layer.momentum
-        momentum = c.end_stay * layer.momentum - _outer(layer, c.end_momentum)
+    if layer.momentum is not None and c.moving is not None:
+        m = c.moving
+        z = z + m.in_weights * _times(hidden, layer.momentum)
+        end = end + m.end_in_weights * layer.momentum
+        momentum = m.end_stay * layer.momentum - _outer(layer, m.end_gradient)
     if read_scale is not None:
         before = _times(hidden, layer.start)
         z = before + read_scale[..., None] * (z - before)
