@@ -38,9 +38,12 @@ def _standing_in(what: str) -> Iterator[None]:
         _stand_in.reset(token)
 
 
-def interpreted():
-    """Within this context kernels of every platform run here, in Pallas' interpreters: slowly."""
-    return _standing_in("interpreter")
+def interpreted(*, plain: bool = False):
+    """Within this context kernels of every platform run here, in Pallas' interpreters: slowly.
+
+    `plain`: TPU kernels in the interpreter that simulates no memory spaces but, unlike the other, knows vmap.
+    """
+    return _standing_in("plain interpreter" if plain else "interpreter")
 
 
 def assumed():
@@ -50,8 +53,11 @@ def assumed():
 
 def interpretation(platform: str) -> Any:
     """The argument `interpret` of a kernel for this platform."""
-    if _stand_in.get() != "interpreter":
+    stand_in = _stand_in.get()
+    if stand_in not in ("interpreter", "plain interpreter"):
         return False
+    if platform == "tpu" and stand_in == "plain interpreter":
+        return True
     if platform == "tpu":
         from jax.experimental.pallas import tpu as pltpu
 
