@@ -51,12 +51,18 @@ def assert_near(actual, desired):
         assert relative_rms(a, b) <= BOUND
 
 
+# Arguments without a batch axis.
+SHARED = {
+    "selective_scan, Mamba": {"a", "d"},
+    "memory_update, Titans": {"memory_0", "memory_1"},
+    "short_conv, 4 taps": {"weight"},
+}
+
+
 def parts(form):
     """`(streams, the rest)` of the arguments as dictionaries: streams have a batch axis."""
-    names, arguments = case(form).names(), case(form).arguments()
-    both = dict(zip(names, arguments, strict=True))
-    shared = {n for n in both if n.startswith("memory_")} | ({"a", "d"} & set(both) if "Mamba" in form else set())
-    shared |= {"weight"} & set(both)
+    both = dict(zip(case(form).names(), case(form).arguments(), strict=True))
+    shared = SHARED.get(form, set())
     return {n: x for n, x in both.items() if n not in shared}, {n: both[n] for n in shared}
 
 
