@@ -4,7 +4,11 @@ Each op folder holds
 
 * `reference.py`: the definition, a one-token `step` and its `lax.scan`;
 * `xla.py`: the chunkwise matmul form that runs on any device;
-* `api.py`: the public function, which picks an implementation and checks shapes.
+* `tpu.py`, `gpu.py`, where they exist: Pallas kernels, forward and backward, for TPUs and for Hopper GPUs;
+* `api.py`: the public function, which picks an implementation (`dispatch.py`) and checks shapes.
+
+Beside the folders stands what ops share. `chunks`, `decay`, `triangular`, `phases`, `orthogonal` and
+`feature_maps` are plain JAX; files that begin with `tpu_` or `gpu_` are parts of kernels for that platform.
 
 Conventions. B batch, T time, H heads, K key width, V value width, C chunk length. Arrays are
 `[B, T, H, K]`; `q` arrives scaled; log decays are natural logs <= 0; matrix states are `[B, H, K, V]`
