@@ -73,8 +73,9 @@ def halvings(size: int) -> list[int]:
 
 def squares(i: Array, j: Array, half: int) -> Array:
     """Pairs below the diagonal of a block of two halves: i in the late one, j in the early one."""
-    same = (i // (2 * half)) == (j // (2 * half))
-    return same & ((i // half) % 2 == 1) & ((j // half) % 2 == 0)
+    # Bits, not quotients: integer division lowers only where the chip is known.
+    same = (i & -2 * half) == (j & -2 * half)
+    return same & ((i & half) != 0) & ((j & half) == 0)
 
 
 def to_pivot(i: Array, t: Array, half: int, *, own: bool) -> Array:
@@ -83,8 +84,8 @@ def to_pivot(i: Array, t: Array, half: int, *, own: bool) -> Array:
     For i in the late half those after it, up to i (`own`) or up to the one before i; for i in the early half
     those after i, up to it.
     """
-    pivot = (i // (2 * half)) * (2 * half) + half - 1
-    late = (i // half) % 2 == 1
+    pivot = (i & -2 * half) + half - 1
+    late = (i & half) != 0
     until = t <= i if own else t < i
     # Not jnp.where: Mosaic cannot choose between booleans.
     return (late & (t > pivot) & until) | (~late & (t > i) & (t <= pivot))

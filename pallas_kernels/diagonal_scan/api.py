@@ -1,14 +1,34 @@
 """Public entry of the op: shapes, dtypes, choice of implementation."""
 
+from collections.abc import Callable
+from functools import wraps
+
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Inexact, Int
 
 from pallas_kernels.chunks import accumulation_dtype, number_runs
-from pallas_kernels.diagonal_scan import reference, xla
-from pallas_kernels.dispatch import choose
+from pallas_kernels.diagonal_scan import gpu, reference, tpu, xla
+from pallas_kernels.dispatch import Kernel, choose
 
-IMPLEMENTATIONS = {"reference": reference.diagonal_scan, "xla": xla.diagonal_scan}
+
+def _one_dtype(run):
+    """`run` with all arguments in the dtype that holds each of them, complex if one is."""
+
+    @wraps(run)
+    def wide(a, b, state, segment_ids):
+        dtype = accumulation_dtype(a, b, state)
+        return run(*(x.astype(dtype) for x in (a, b, state)), segment_ids)
+
+    return wide
+
+
+IMPLEMENTATIONS: dict[str, Callable | Kernel] = {
+    "reference": _one_dtype(reference.diagonal_scan),
+    "xla": _one_dtype(xla.diagonal_scan),
+    "tpu": Kernel(tpu.diagonal_scan),
+    "gpu": Kernel(gpu.diagonal_scan),
+}
 
 
 def diagonal_scan(
@@ -25,12 +45,10 @@ def diagonal_scan(
     Meant for |a| <= 1; a = 0 forgets. All states are at least float32, and complex where an argument is.
     Raises ValueError when the axes of `a` do not fit or for an unknown implementation.
     """
-    run = choose("diagonal_scan", implementation, IMPLEMENTATIONS)
-    dtype = accumulation_dtype(a, b) if state is None else accumulation_dtype(a, b, state)
-    a = _full(a, b).astype(dtype)
     if state is None:
-        state = jnp.zeros((b.shape[0], *b.shape[2:]), dtype)
-    return run(a, b.astype(dtype), state.astype(dtype), number_runs(segment_ids))
+        state = jnp.zeros((b.shape[0], *b.shape[2:]), accumulation_dtype(a, b))
+    arguments = _full(a, b), b, state, number_runs(segment_ids)
+    return choose("diagonal_scan", implementation, IMPLEMENTATIONS, arguments)(*arguments)
 
 
 def _full(a: Array, b: Array) -> Array:

@@ -1,14 +1,21 @@
 """Public entry of the op: dtypes, skip connection, choice of implementation."""
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
 from pallas_kernels.chunks import accumulation_dtype, number_runs
-from pallas_kernels.dispatch import choose
-from pallas_kernels.selective_scan import reference, xla
+from pallas_kernels.dispatch import Kernel, choose, widened
+from pallas_kernels.selective_scan import gpu, reference, tpu, xla
 
-IMPLEMENTATIONS = {"reference": reference.selective_scan, "xla": xla.selective_scan}
+IMPLEMENTATIONS: dict[str, Callable | Kernel] = {
+    "reference": widened(reference.selective_scan),
+    "xla": widened(xla.selective_scan),
+    "tpu": Kernel(tpu.selective_scan, tpu.refusal),
+    "gpu": Kernel(gpu.selective_scan, gpu.refusal),
+}
 
 
 def selective_scan(
@@ -33,14 +40,13 @@ def selective_scan(
     their eq. 4, b by its first order dt b, as in the authors' code. Recomputing states for the adjoint is
     their sec. 3.3.2.
     """
-    run = choose("selective_scan", implementation, IMPLEMENTATIONS)
-    dtype = accumulation_dtype(x, dt, a, b, c)
     if state is None:
-        state = jnp.zeros((x.shape[0], *a.shape), dtype)
-    wide = [z.astype(dtype) for z in (x, dt, a, b, c, state)]
-    out, state = run(*wide, number_runs(segment_ids))
+        state = jnp.zeros((x.shape[0], *a.shape), accumulation_dtype(x, dt, a, b, c))
+    arguments = x, dt, a, b, c, state, number_runs(segment_ids)
+    out, state = choose("selective_scan", implementation, IMPLEMENTATIONS, arguments)(*arguments)
     if d is not None:
-        out = out + d.astype(dtype) * wide[0]
+        dtype = accumulation_dtype(x, d)
+        out = out.astype(dtype) + d.astype(dtype) * x.astype(dtype)
     return out.astype(x.dtype), state
 
 

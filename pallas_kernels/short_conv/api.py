@@ -1,14 +1,21 @@
 """Public entry of the op."""
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from pallas_kernels.chunks import accumulation_dtype, number_runs
-from pallas_kernels.dispatch import choose
-from pallas_kernels.short_conv import reference, xla
+from pallas_kernels.dispatch import Kernel, choose, widened
+from pallas_kernels.short_conv import gpu, reference, tpu, xla
 
-IMPLEMENTATIONS = {"reference": reference.short_conv, "xla": xla.short_conv}
+IMPLEMENTATIONS: dict[str, Callable | Kernel] = {
+    "reference": widened(reference.short_conv),
+    "xla": widened(xla.short_conv),
+    "tpu": Kernel(tpu.short_conv, tpu.refusal),
+    "gpu": Kernel(gpu.short_conv, gpu.refusal),
+}
 
 
 def short_conv(
@@ -26,13 +33,11 @@ def short_conv(
     stream: no later token sees it, the state does not move and its output is 0. The output has x's dtype.
     Raises ValueError for an unknown implementation.
     """
-    run = choose("short_conv", implementation, IMPLEMENTATIONS)
-    dtype = accumulation_dtype(x, weight)
     if state is None:
-        state = jnp.zeros((x.shape[0], weight.shape[0] - 1, x.shape[2]), dtype)
-    out, state = run(
-        x.astype(dtype), weight.astype(dtype), state.astype(dtype), number_runs(segment_ids), mask
-    )
+        shape = x.shape[0], weight.shape[0] - 1, x.shape[2]
+        state = jnp.zeros(shape, accumulation_dtype(x, weight))
+    arguments = x, weight, state, number_runs(segment_ids), mask
+    out, state = choose("short_conv", implementation, IMPLEMENTATIONS, arguments)(*arguments)
     return out.astype(x.dtype), state
 
 

@@ -8,10 +8,11 @@ def _take(x: Array, index: Array) -> Array:
     return jnp.take_along_axis(x, index[..., None] if x.ndim > index.ndim else index, 1)
 
 
-def _convolve(stream: Array, ids: Array | None, weight: Array, length: int) -> Array:
-    """`stream [B,k-1+T,D]`, the first k-1 entries being the carried window."""
-    taps = weight.shape[0]
-    out = stream[:, taps - 1 :] * weight[-1]
+def convolve(x: Array, weight: Array, state: Array, ids: Array | None) -> Array:
+    """`x [B,T,D]` behind the window `state [B,k-1,D]`; `ids [B,k-1+T]` of both, or None."""
+    taps, length = weight.shape[0], x.shape[1]
+    stream = jnp.concatenate([state, x], 1)
+    out = x * weight[-1]
     for back in range(1, taps):
         lo = taps - 1 - back
         past = stream[:, lo : lo + length]
@@ -21,26 +22,33 @@ def _convolve(stream: Array, ids: Array | None, weight: Array, length: int) -> A
     return out
 
 
-def short_conv(x, weight, state, segment_ids=None, mask=None):
-    """All tokens at once; arguments as in `api.py`, `state [B,k-1,D]`."""
-    length, window = x.shape[1], weight.shape[0] - 1
-    ids, count = segment_ids, None
+def _window(x: Array, state: Array, first: Array | None) -> Array:
+    """The k-1 entries from `first [B,1]` on of `state [B,k-1,D]` and then `x`; the last ones for None."""
+    if first is not None:
+        stream = jnp.concatenate([state, x.astype(state.dtype)], 1)
+        return _take(stream, first + jnp.arange(state.shape[1]))
+    size = state.shape[1]
+    new = x[:, max(x.shape[1] - size, 0) :].astype(state.dtype)
+    return jnp.concatenate([state, new], 1)[:, new.shape[1] :]
+
+
+def short_conv(x, weight, state, segment_ids=None, mask=None, convolve=convolve):
+    """All tokens at once; arguments as in `api.py`, `state [B,k-1,D]`; `convolve` as the one above."""
+    ids, count, last = segment_ids, None, None
     if mask is not None:
         # Masked tokens go to the end of the stream, where no unmasked token looks.
         order = jnp.argsort(~mask, axis=1, stable=True)
         x, ids = _take(x, order), None if ids is None else _take(ids, order)
         count = jnp.cumsum(mask, 1)
-    stream = jnp.concatenate([state, x], 1)
-    if ids is not None:
-        ids = jnp.concatenate([jnp.broadcast_to(segment_ids[:, :1], (x.shape[0], window)), ids], 1)
-    out = _convolve(stream, ids, weight, length)
-    if count is None:
-        last = jnp.full((x.shape[0], 1), length)
-    else:
-        out = jnp.where(mask[..., None], _take(out, jnp.maximum(count - 1, 0)), 0)
         last = count[:, -1:]
-    tail = last + jnp.arange(window)
-    final = _take(stream, tail)
     if ids is not None:
-        final = jnp.where((_take(ids, tail) == segment_ids[:, -1:])[..., None], final, 0)
+        window = jnp.broadcast_to(segment_ids[:, :1], state.shape[:2])
+        ids = jnp.concatenate([window, ids], 1)
+    out = convolve(x, weight, state, ids)
+    if count is not None:
+        out = jnp.where(mask[..., None], _take(out, jnp.maximum(count - 1, 0)), 0)
+    final = _window(x, state, last)
+    if ids is not None:
+        tail = _window(ids[:, state.shape[1] :], ids[:, : state.shape[1]], last)
+        final = jnp.where((tail == segment_ids[:, -1:])[..., None], final, 0)
     return out, final
