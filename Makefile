@@ -5,8 +5,9 @@ PYTHON ?= $(shell for p in python3.12 python3.13 python3 "$$(pyenv prefix 2>/dev
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && echo "$$p" && break; done)
 ZOO = .venv/bin/zoo
 READY = .venv/.ready
+COMPILERS = .venv/compilers
 
-.PHONY: quickstart test test-deep test-all lint bench pins clean
+.PHONY: quickstart test test-deep test-all lint bench compile-kernels pins clean
 
 quickstart: $(READY)  ## train five families and attention on one task, and put them side by side
 	$(ZOO) compare quickstart
@@ -27,6 +28,15 @@ lint: $(READY)  ## style, formatting, types
 bench: $(READY)  ## speed and memory of every layer, written to experiments/results
 	.venv/bin/python -m experiments.bench layers
 
+compile-kernels: $(COMPILERS)/.ready  ## every kernel through the compilers of TPUs and GPUs, on the CPU
+	PYTHONPATH=$(COMPILERS) .venv/bin/python -m experiments.compile_kernels
+
+# Beside the environment, not in it: jax would look for a TPU and a GPU wherever it finds their compilers.
+$(COMPILERS)/.ready: constraints-compile.txt $(READY)
+	rm -rf $(COMPILERS)
+	.venv/bin/python -m pip install --quiet --no-deps --require-hashes --target $(COMPILERS) -r $<
+	touch $@
+
 $(READY): constraints.txt pyproject.toml
 	@test -n "$(PYTHON)" || { echo "make: Python 3.12 or newer is needed; name it with PYTHON=..."; exit 1; }
 	$(PYTHON) -m venv .venv
@@ -34,10 +44,14 @@ $(READY): constraints.txt pyproject.toml
 	.venv/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $(READY)
 
-pins:  ## renew constraints.txt from pyproject.toml (needs pip-tools)
-	pip-compile --quiet --upgrade --extra test --extra lint --build-deps-for editable --generate-hashes \
-		--allow-unsafe --strip-extras --no-header --no-annotate --no-emit-index-url --no-emit-find-links \
-		--no-emit-trusted-host --output-file constraints.txt pyproject.toml
+PIN = pip-compile --quiet --upgrade --generate-hashes --allow-unsafe --strip-extras --no-header --no-annotate \
+	--no-emit-index-url --no-emit-find-links --no-emit-trusted-host
+
+pins:  ## renew constraints.txt from pyproject.toml, and the compilers of that jax (needs pip-tools)
+	$(PIN) --extra test --extra lint --build-deps-for editable --output-file constraints.txt pyproject.toml
+	jax=$$(sed -n 's/^jax==\([^ ]*\).*/\1/p' constraints.txt) && printf '%s\n' \
+		'libtpu==0.0.50.*' jax-cuda13-plugin==$$jax jax-cuda13-pjrt==$$jax \
+		| $(PIN) --output-file constraints-compile.txt -
 
 clean:
 	rm -rf .venv build *.egg-info

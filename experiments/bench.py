@@ -3,6 +3,7 @@
     python -m experiments.bench layers
     python -m experiments.bench layers --layers mamba,s4 --lengths 1024,4096 --out somewhere
     python -m experiments.bench peers --peer-python oracle/bin/python,discretax/bin/python
+    python -m experiments.bench kernels
 
 `layers`: one row per layer and length: forward, and forward with backward (of a sum of squares, with respect
 to inputs and parameters), each the median of a few runs; the seconds to compile both; the temporary memory
@@ -15,6 +16,9 @@ and the time in pieces. What would take more than half of the machine's memory i
 
 `peers`: the same work in other people's code (`experiments/bench_peers.py`), ours and theirs in turn; theirs
 run in interpreters of their own (tests/oracles/README.md makes them).
+
+`kernels`: ops instead of layers, on a GPU: Pallas kernels, XLA, fla's Triton kernels and attention
+(`experiments/bench_kernels.py`).
 
 Results: a CSV and a Markdown table.
 
@@ -34,7 +38,9 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from experiments import bench_peers
+from experiments import bench_kernels, bench_peers
+from experiments.kernel_cases import VARIANTS
+from experiments.kernel_rows import ATTENTION
 from experiments.timing import (
     compiled,
     decode_seconds,
@@ -169,14 +175,19 @@ def keep_freed_memory() -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m experiments.bench", description=__doc__.split("\n")[0])
-    parser.add_argument("what", choices=["layers", "peers"])
-    parser.add_argument("--layers", help="names (of PEERS for peers), separated by commas; default all")
+    parser.add_argument("what", choices=["layers", "peers", "kernels"])
+    parser.add_argument(
+        "--layers", help="names (of PEERS, of ops with kernels), separated by commas; default all"
+    )
     lengths = ",".join(map(str, LENGTHS))
     parser.add_argument(
         "--lengths", help=f"tokens, separated by commas; default {lengths}, for peers {bench_peers.LENGTH}"
     )
     parser.add_argument("--width", type=int, help=f"default {WIDTH}, for peers {bench_peers.WIDTH}")
     parser.add_argument("--peer-python", help="interpreters with the peers' packages, separated by commas")
+    parser.add_argument(
+        "--seconds", type=float, default=bench_kernels.SECONDS, help="budget of kernels; default %(default)s"
+    )
     parser.add_argument("--add", action="store_true", help="keep what the tables have of other names")
     parser.add_argument("--out", type=Path, default=RESULTS, help="directory for the tables")
     return parser
@@ -220,6 +231,15 @@ def _peers(options, note: str) -> int:
     return failed
 
 
+def _kernels(parser: argparse.ArgumentParser, options) -> int:
+    ops, known = _names(options, ()), {variant.op for variant in (*VARIANTS.values(), ATTENTION)}
+    unknown = [name for name in ops if name not in known]
+    if unknown:
+        parser.error(f"unknown {', '.join(unknown)}; choose from {', '.join(sorted(known))}")
+    print(bench_kernels.bench(options.seconds, options.out, ops))
+    return 0
+
+
 def _shown(argument: str) -> str:
     """As in the command, but only the ends of paths from the root: tables are read on other machines."""
     return ",".join(str(Path(*Path(a).parts[-3:])) if a.startswith("/") else a for a in argument.split(","))
@@ -228,6 +248,8 @@ def _shown(argument: str) -> str:
 def main(arguments: list[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
+    if options.what == "kernels":
+        return _kernels(parser, options)
     peers = options.what == "peers"
     if peers and not options.peer_python:
         parser.error("peers needs --peer-python (tests/oracles/README.md makes one)")

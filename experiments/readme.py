@@ -1,16 +1,15 @@
-"""The README's table of layers, written from the registry.
+"""The README's tables of layers, from the registry, and of kernels, from what is on record about them.
 
     python -m experiments.readme
 
-Replaces what stands between the two markers in README.md of the current directory.
+Replaces what stands between the markers in README.md of the current directory.
 """
 
 import sys
 from pathlib import Path
 
+from experiments import kernel_matrix
 from zoo import registry
-
-BEGIN, END = "<!-- layers: python -m experiments.readme -->", "<!-- end of layers -->"
 
 
 def table() -> str:
@@ -24,13 +23,19 @@ def table() -> str:
     return "\n".join(lines) + "\n"
 
 
+TABLES = {"layers": table, "kernels": kernel_matrix.table}
+
+
 def updated(text: str) -> str:
-    """`text` with the present table. Raises ValueError when a marker is missing."""
-    head, begin, rest = text.partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"README.md needs the lines {BEGIN!r} and {END!r}")
-    return f"{head}{BEGIN}\n{table()}{END}{tail}"
+    """`text` with the present tables. Raises ValueError when a marker is missing."""
+    for name, make in TABLES.items():
+        opening, closing = f"<!-- {name}: python -m experiments.readme -->", f"<!-- end of {name} -->"
+        head, begin, rest = text.partition(opening)
+        _, end, tail = rest.partition(closing)
+        if not begin or not end:
+            raise ValueError(f"README.md needs the lines {opening!r} and {closing!r}")
+        text = f"{head}{opening}\n{make()}{closing}{tail}"
+    return text
 
 
 def main() -> int:

@@ -35,6 +35,33 @@ def float32():
     jax.config.update("jax_enable_x64", True)
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--record-kernels",
+        action="store_true",
+        help="write down which kernels the tests of this run confirm, if all pass (not with -n)",
+    )
+
+
+def pytest_sessionstart(session):
+    if not session.config.getoption("record_kernels"):
+        return
+    if session.config.getoption("numprocesses", None):
+        raise pytest.UsageError("--record-kernels goes without -n")
+    import kernels
+
+    kernels.watch()
+
+
+def pytest_sessionfinish(session, exitstatus):
+    if session.config.getoption("record_kernels") and exitstatus == pytest.ExitCode.OK:
+        import kernels
+
+        from experiments import kernel_matrix
+
+        kernel_matrix.record(kernels.confirmed)
+
+
 def row_of(nodeid):
     """The row that a test of the conformance suite belongs to, else the test itself."""
     found = re.search(r"test_conformance\.py::.*\[(?:[\d.]+-)?(.*)\]", nodeid)

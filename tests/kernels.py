@@ -7,10 +7,31 @@ import jax.numpy as jnp
 import numpy as np
 from chains import pulled, smooth, weights
 
+from experiments.kernel_cases import VARIANTS
 from pallas_kernels import dispatch
 
 # Relative RMS.
 BOUND = {"float32": 1e-5, "bfloat16": 1e-2}
+# Kernels, (op, platform), that ran since a comparison began, and those that a comparison has confirmed.
+ran: set[tuple[str, str]] = set()
+confirmed: set[tuple[str, str]] = set()
+
+
+def watch():
+    """From now on `ran` and `confirmed` tell of every kernel."""
+    for op, implementations in {v.op: v.implementations for v in VARIANTS.values()}.items():
+        for platform in set(dispatch.PLATFORMS) & set(implementations):
+            kernel = implementations[platform]
+            implementations[platform] = kernel._replace(run=_noted(kernel.run, (op, platform)))
+
+
+def _noted(run, name):
+    @functools.wraps(run)
+    def noting(*arguments):
+        ran.add(name)
+        return run(*arguments)
+
+    return noting
 
 
 def directions(outputs):
@@ -33,6 +54,7 @@ def relative_rms(actual, exact):
 
 def assert_parity(op, arguments, implementation, bound):
     """Every output and every gradient of `op`, within `bound` of the definition."""
+    ran.clear()
     exact = jax.tree.map(lambda x: x.astype(jnp.float64) if smooth(x) else x, arguments)
     actual, exact = results(op, arguments, implementation), results(op, exact, "reference")
     assert jax.tree.structure(actual) == jax.tree.structure(exact)
@@ -44,3 +66,4 @@ def assert_parity(op, arguments, implementation, bound):
     }
     wrong = {name: error for name, error in errors.items() if not error <= bound}
     assert not wrong, f"over {bound}: {wrong}"
+    confirmed.update(ran)
