@@ -51,10 +51,10 @@ Static figures of the kernels, from compiling them ahead of time: no kernel ran 
 table. FLOPs and bytes are those of the work (`experiments/kernel_cases.py`), not of the kernel. `on_chip_kB`
 is the largest kernel's VMEM on a TPU, shared memory on a GPU; `registers` (of a thread) and `spilled_B` are
 ptxas's, the largest of a program, and TPU compilers tell none; `temporary_MB` is the main memory that the
-program takes besides arguments and results; `compile_s` counts from tracing, on a CPU. `bound_us` is the
-roofline that published peaks imply: the longer of FLOPs over peak (a product of float32 counts as {tpu} of
-bf16 on a TPU, {gpu} on a GPU; what is done entry by entry has no published peak and counts nothing) and bytes
-over bandwidth. Empty cells are unknown."""
+program takes besides arguments and results; `compile_s` counts from tracing, on two CPU cores that do other
+work too. `bound_us` is the roofline that published peaks imply: the longer of FLOPs over peak (a product of
+float32 counts as {tpu} of bf16 on a TPU, {gpu} on a GPU; what is done entry by entry has no published peak
+and counts nothing) and bytes over bandwidth. Empty cells are unknown."""
 
 
 class Job(NamedTuple):

@@ -9,12 +9,13 @@ from jaxtyping import Float, Int
 from pallas_kernels.chunks import accumulation_dtype, chunk_length, number_runs
 from pallas_kernels.decay import full_decay
 from pallas_kernels.dispatch import Kernel, choose, widened
-from pallas_kernels.gated_delta_rule import reference, tpu, xla
+from pallas_kernels.gated_delta_rule import gpu, reference, tpu, xla
 
 IMPLEMENTATIONS: dict[str, Callable | Kernel] = {
     "reference": widened(reference.gated_delta_rule),
     "xla": widened(xla.gated_delta_rule),
     "tpu": Kernel(tpu.gated_delta_rule, tpu.refusal),
+    "gpu": Kernel(gpu.gated_delta_rule, gpu.refusal),
 }
 
 

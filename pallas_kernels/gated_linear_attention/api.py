@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from pallas_kernels.chunks import accumulation_dtype, chunk_length, number_runs
 from pallas_kernels.decay import full_decay
 from pallas_kernels.dispatch import Kernel, choose, widened
-from pallas_kernels.gated_linear_attention import reference, tpu, xla
+from pallas_kernels.gated_linear_attention import gpu, reference, tpu, xla
 
 
 def _reference(q, k, v, log_decay, state, segment_ids):
@@ -22,6 +22,7 @@ IMPLEMENTATIONS: dict[str, Callable | Kernel] = {
     "reference": widened(_reference),
     "xla": widened(xla.gated_linear_attention),
     "tpu": Kernel(tpu.gated_linear_attention, tpu.refusal),
+    "gpu": Kernel(gpu.gated_linear_attention, gpu.refusal),
 }
 
 
