@@ -7,8 +7,8 @@
 
 Needs the packages of constraints-compile.txt. Fails, with a line per fault, where a compiler does not take a
 kernel (an operation that the target does not have, more memory on the chip than there is) and where a kernel
-of bf16 spills registers. Where an op refuses a case with a reason ("takes heads of at most 128 channels"),
-XLA runs in practice: that is told, and no fault.
+of bf16 spills registers, beyond what `KNOWN_SPILLS` admits. Where an op refuses a case with a reason ("takes
+heads of at most 128 channels"), XLA runs in practice: that is told, and no fault.
 """
 
 import argparse
@@ -46,6 +46,9 @@ ENVIRONMENT = {
     "TPU_STDERR_LOG_LEVEL": "3",
     "TF_CPP_MIN_LOG_LEVEL": "3",
 }
+# Bytes that a bf16 kernel spills at a head size, found so and not to become more. In the delta rule's run
+# from the right it is one register of a thread, whatever is made again instead of held.
+KNOWN_SPILLS = {("gated_delta_rule, scalar decay", 256): 4}
 NOTE = """\
 Static figures of the kernels, from compiling them ahead of time: no kernel ran on its hardware for this
 table. FLOPs and bytes are those of the work (`experiments/kernel_cases.py`), not of the kernel. `on_chip_kB`
@@ -128,8 +131,11 @@ def _finish(answer: dict, printed: str) -> dict:
 def fault(job: Job, answer: dict) -> str | None:
     if "error" in answer:
         return answer["error"]
-    if answer.get("spilled") and job.case.dtype == "bfloat16":
-        return f"spills {answer['spilled']} bytes of registers"
+    spilled = answer.get("spilled") or 0
+    if job.case.dtype == "bfloat16" and spilled > KNOWN_SPILLS.get(
+        (job.case.variant.name, job.case.sizes.D), 0
+    ):
+        return f"spills {spilled} bytes of registers"
     return None
 
 
@@ -160,7 +166,7 @@ def row(job: Job, answer: dict) -> dict:
         "compile_s": answer.get("compile_s"),
         "bound_us": 1e6 * seconds,
         "bound_by": by,
-        "outcome": answer.get("refused") or fault(job, answer) or "compiled",
+        "outcome": answer.get("refused") or fault(job, answer) or "compiled",  # spills have their column
     }
 
 

@@ -232,7 +232,7 @@ def run(inputs: dict, plan: Plan, form: Form, name: str, chunk: Callable = linea
     def kernel(ins, outs, scratch):
         _kernel(ins, outs, scratch, plan, form, chunk)
 
-    grid = {"work": plan.blocks, "span": plan.spans}
+    grid = {"span": plan.spans, "work": plan.blocks}  # the last axis goes first, and has no limit
     name += "_reverse" if form.reverse else ""
     return call(kernel, name, grid, inputs, _outputs(inputs, plan, form), _scratch(inputs, plan, form))
 

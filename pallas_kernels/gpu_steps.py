@@ -56,7 +56,7 @@ class Run(NamedTuple):
 
     @property
     def grid(self) -> dict[str, int]:
-        return {"row": self.rows, "group": self.chunks // self.each}
+        return {"group": self.chunks // self.each, "row": self.rows}  # the last axis has no limit
 
     @property
     def blocks(self) -> int:

@@ -7,10 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from chains import pulled
+from jax import export
 from jax.sharding import Mesh, PartitionSpec
 from kernels import directions, relative_rms
 
 from experiments.kernel_cases import VARIANTS, Case
+from experiments.kernel_targets import KERNEL_CALLS, hardware
 from pallas_kernels import dispatch
 
 # One form of every op; those that share a kernel's harness with another one are looked at in depth only.
@@ -114,16 +116,36 @@ def test_scan_over_layers_with_remat_and_donation(form, platform):
         assert_near(donating(streams[first].copy(), scales), desired)
 
 
-@pytest.mark.parametrize(("form", "platform"), KERNELS)
-def test_shard_map_over_the_batch(form, platform):
-    streams, shared = parts(form)
+def sharded(local, streams, shared):
+    """`local` on a sample per device. Kernels know nothing of axes that vary over a mesh."""
     mesh = Mesh(np.array(jax.devices()[:2]), "b")
     row, whole = PartitionSpec("b"), PartitionSpec()
+    specs = jax.tree.map(lambda _: row, streams), jax.tree.map(lambda _: whole, shared)
+    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=row, check_vma=False)
+
+
+@pytest.mark.parametrize(("form", "platform"), [p for p in KERNELS if p.values[1] == "tpu"])
+def test_shard_map_over_the_batch(form, platform):
+    streams, shared = parts(form)
 
     def local(streams, shared):
         return call(form, platform, streams, shared)[0]
 
-    specs = jax.tree.map(lambda _: row, streams), jax.tree.map(lambda _: whole, shared)
-    # Interpreters know nothing of axes that vary over a mesh.
-    sharded = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=row, check_vma=False)
-    assert_near(results(sharded, streams, shared), results(local, streams, shared))
+    assert_near(results(sharded(local, streams, shared), streams, shared), results(local, streams, shared))
+
+
+@pytest.mark.parametrize("form", [p.values[0] for p in KERNELS if p.values[1] == "gpu"])
+def test_gpu_kernels_lower_under_remat_and_shard_map(form):
+    """What their interpreter cannot run: it has effects, and on two devices waits for neither."""
+    streams, shared = parts(form)
+
+    def local(streams, shared):
+        return jax.checkpoint(lambda *args: call(form, "gpu", *args)[0])(streams, shared)
+
+    run = sharded(local, streams, shared)
+    checks = [export.DisabledSafetyCheck.custom_call(name) for name in KERNEL_CALLS]
+    with hardware("gpu"):
+        gradient = jax.jit(lambda *args: pulled(run, args, directions))
+        program = export.export(gradient, platforms=["cuda"], disabled_checks=checks)(streams, shared)
+    assert program.nr_devices == 2
+    assert any(name in program.mlir_module() for name in KERNEL_CALLS)

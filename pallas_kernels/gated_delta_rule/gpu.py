@@ -1,8 +1,8 @@
 """The chunkwise form (see `xla.py`) as Hopper kernels: corrections in turn, then linear attention of them.
 
 With D the corrections and dU their gradient (`pallas_kernels.gpu_delta`), every other gradient is linear
-attention too: dq that of (do, D, k) and dp that of (-dU, D, k) before each token, dk that of (D, do, q) and of
-(D, -dU, p) from the right. The inverses and the corrections are kept for the backward pass.
+attention too: dq that of (do, D, k) and dp that of (-dU, D, k) before each token, dk that of (D, do, q) and
+of (D, -dU, p) from the right. The inverses and the corrections are kept for the backward pass.
 """
 
 from functools import partial
