@@ -8,7 +8,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from kernels import BOUND, assert_parity, results
 
 from pallas_kernels import dispatch, gpu_chunk_kernel, gpu_chunks, gpu_decay
-from pallas_kernels.gated_linear_attention import api, gpu
+from pallas_kernels.gated_linear_attention import api
 
 deep = pytest.mark.deep
 
@@ -19,7 +19,6 @@ def small(monkeypatch):
     monkeypatch.setattr(gpu_chunks, "SHORTEST_SPAN", 2)
     for module in (gpu_chunk_kernel, gpu_decay):
         monkeypatch.setattr(module, "KEPT_EVERY", 2)
-    monkeypatch.setitem(api.IMPLEMENTATIONS, "gpu", dispatch.Kernel(gpu.gated_linear_attention, gpu.refusal))
 
 
 def arguments(length, decay, dtype, B=1, G=1, H=1, K=64, V=64):
