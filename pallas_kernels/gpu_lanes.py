@@ -19,27 +19,9 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import dispatch
-
 LANES = 128
 F32 = jnp.float32
 LOG2_E = 1.4426950408889634
-
-
-def launch(name: str, body: Callable, grid: dict[str, int], out: Any, scratch: dict[str, Any]) -> Callable:
-    """`body(*inputs, *outputs, **scratch)` as a kernel of one warpgroup per block."""
-    body.__name__ = name
-    return plgpu.kernel(
-        body,
-        out_type=out,
-        scratch_types=scratch,
-        grid=tuple(grid.values()),
-        grid_names=tuple(grid),
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True, unsafe_no_auto_barriers=True, lowering_semantics=plgpu.LoweringSemantics.Lane
-        ),
-        interpret=dispatch.interpretation("gpu"),
-    )
 
 
 def constant(value: float) -> Array:

@@ -18,7 +18,7 @@ from pallas_kernels import dispatch
 SHARED_BYTES, MULTIPROCESSORS = 227 * 1024 - 1024, 132
 
 
-def launch(body: Callable, *, name: str, grid: dict[str, int], out: Any, scratch: dict[str, Any]) -> Callable:
+def launch(name: str, body: Callable, grid: dict[str, int], out: Any, scratch: dict[str, Any]) -> Callable:
     """`body(*inputs, *outputs, **scratch)` as a kernel of one warpgroup per block.
 
     Automatic barriers are off: a kernel calls `commit_smem` between writing shared memory and its next use.
@@ -55,9 +55,7 @@ def call(kernel: Callable, name: str, grid: dict[str, int], inputs: dict, output
         ins, outs = refs[: len(flat)], refs[len(flat) :]
         kernel(jax.tree.unflatten(tree, ins), jax.tree.unflatten(out_tree, outs), scratch_refs)
 
-    return jax.tree.unflatten(
-        out_tree, launch(body, name=name, grid=grid, out=shapes, scratch=scratch)(*flat)
-    )
+    return jax.tree.unflatten(out_tree, launch(name, body, grid, shapes, scratch)(*flat))
 
 
 def nothing() -> Array:

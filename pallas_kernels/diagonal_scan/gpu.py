@@ -18,7 +18,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from pallas_kernels.chunks import segment_starts
-from pallas_kernels.gpu_lanes import F32, LANES, Cut, Filling, Walk, entering, launch, loop, ones, zeros
+from pallas_kernels.diagonal_scan.parts import Parts, plus, times
+from pallas_kernels.gpu_lanes import F32, LANES, Cut, Filling, Walk, entering, loop, ones, zeros
+from pallas_kernels.gpu_stream import launch
 
 # Only compiled so far, for sm_90a, not timed on hardware. No spills, at most 64 registers; shared memory of a
 # block: real 65 KiB, half of that in bfloat16, complex 130 KiB. Memory binds: real float32 moves 12 bytes a
@@ -27,23 +29,10 @@ CHUNK = 32
 UNROLL = 8
 FILLING = Filling(enough=66, wanted=264, shortest=128)
 
-Parts = tuple[Array, ...]  # (real,) or (real, imaginary)
-
 
 class _Way(NamedTuple):
     length: int  # tokens without padding
     reverse: bool
-
-
-def _times(a: Parts, h: Parts, conjugate: bool) -> Parts:
-    if len(a) == 1:
-        return (a[0] * h[0],)
-    re, im = a[0], -a[1] if conjugate else a[1]
-    return re * h[0] - im * h[1], re * h[1] + im * h[0]
-
-
-def _plus(x: Parts, y: Parts) -> Parts:
-    return tuple(x + y for x, y in zip(x, y, strict=True))
 
 
 def _where(mask: Array | None, x: Parts, y: Parts) -> Parts:
@@ -58,9 +47,9 @@ def _nothing(like: Parts) -> Parts:
 def _advance(a: Parts, b: Parts, carry: Parts, on: Array | None, reverse: bool) -> tuple[Parts, Parts]:
     """The state of a token and the new carry; where not `on`, what comes before the token is another's."""
     if reverse:
-        now = _plus(b, carry)
-        return now, _where(on, _times(a, now, True), _nothing(now))
-    now = _plus(_times(a, _where(on, carry, _nothing(carry)), False), b)
+        now = plus(b, carry)
+        return now, _where(on, times(a, now, conjugate=True), _nothing(now))
+    now = plus(times(a, _where(on, carry, _nothing(carry)), conjugate=False), b)
     return now, now
 
 
@@ -119,7 +108,7 @@ def _walk(cut: Cut, way: _Way, ends: bool, a: Parts, b: Parts, enters: Parts, on
                 moment = place * cut.chunk + t
                 real = moment < way.length if way.length < cut.length else None
                 if ends:
-                    passed = _where(same, _times(a, product, way.reverse), _nothing(product))
+                    passed = _where(same, times(a, product, conjugate=way.reverse), _nothing(product))
                     product = _where(real, passed, product)
                 else:
                     # What leaves towards the padding is no state of it.
@@ -178,7 +167,7 @@ def _scan_bwd(way, saved, cotangents):
     if on:
         before = tuple(jnp.where(on[0][..., None] != 0, x, 0) for x in before)
     # conj(h) l is l conj(h)
-    da = _times(before, late, conjugate=True)
+    da = times(before, late, conjugate=True)
     axes = () if a[0].ndim == 3 else (0, 1)
     da = tuple(jnp.sum(x, axes).reshape(y.shape).astype(y.dtype) for x, y in zip(da, a, strict=True))
     return da, tuple(x.astype(like_b.dtype) for x in db), denters, (None,) * len(on)

@@ -19,27 +19,15 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.chunks import segment_starts
+from pallas_kernels.diagonal_scan.parts import Parts, plus, times
 from pallas_kernels.tpu_math import F32
 from pallas_kernels.tpu_tokens import Block, Specs, call, flags, on_first, vmem, widened
-
-Parts = tuple[Array, ...]  # (real,) or (real, imaginary)
 
 # A row of 1,024 channels is read from `[tokens, lanes]` as one whole register. Compiled for v5e, no spills: 6
 # instruction words a token and 1,024 channels real, 10 complex; in reverse with segments 8 and 11. Narrower
 # blocks take as many. On the chip: 3 MiB real, 6 MiB complex. Only compiled so far, not timed on hardware.
 BLOCK = {"float32": Block(128, 1024), "bfloat16": Block(128, 1024)}
 UNROLL = 8
-
-
-def _times(a: Parts, h: Parts, *, conjugate: bool) -> Parts:
-    if len(a) == 1:
-        return (a[0] * h[0],)
-    re, im = a[0], -a[1] if conjugate else a[1]
-    return re * h[0] - im * h[1], re * h[1] + im * h[0]
-
-
-def _plus(a: Parts, b: Parts) -> Parts:
-    return tuple(x + y for x, y in zip(a, b, strict=True))
 
 
 def _where(mask, a: Parts, b: Parts) -> Parts:
@@ -80,12 +68,12 @@ def _kernel(a, b, enters, starts, h, leaves, wide, *, reverse: bool, ragged: int
         t = tokens - 1 - i if reverse else i
         starting = None if starts is None else starts[0, t] != 0
         if reverse:
-            now = _plus(b_of(t), carry)
-            after = _times(a_of(t), now, conjugate=True)
+            now = plus(b_of(t), carry)
+            after = times(a_of(t), now, conjugate=True)
             after = after if starts is None else _without(starting, after)
         else:
             before = carry if starts is None else _without(starting, carry)
-            now = after = _plus(_times(a_of(t), before, conjugate=False), b_of(t))
+            now = after = plus(times(a_of(t), before, conjugate=False), b_of(t))
         for ref, x in zip(h, now, strict=True):
             ref[pl.ds(t, 1), :] = x
         return after if ragged is None else _where(place * tokens + t < ragged, after, carry)
@@ -131,7 +119,7 @@ def _scan_bwd(reverse, saved, cotangents):
     if starts is not None:
         before = _without(starts[..., None], before)
     # conj(h) l is l conj(h)
-    da = _times(before, late, conjugate=True)
+    da = times(before, late, conjugate=True)
     axes = () if a[0].ndim == 3 else (0, 1)
     da = tuple(jnp.sum(x, axes).reshape(y.shape).astype(y.dtype) for x, y in zip(da, a, strict=True))
     return da, tuple(x.astype(like_b.dtype) for x in db), denters, None

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels.chunks import segment_starts
-from pallas_kernels.gpu_lanes import F32, LANES, Cut, Filling, entering, launch, loop, zeros
+from pallas_kernels.gpu_lanes import F32, LANES, Cut, Filling, entering, loop, zeros
+from pallas_kernels.gpu_stream import launch
 from pallas_kernels.selective_scan.gpu_adjoint import backward
 from pallas_kernels.selective_scan.gpu_parts import (
     UNROLL,

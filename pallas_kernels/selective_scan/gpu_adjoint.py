@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.gpu_lanes import F32, LANES, LOG2_E, Cut, launch, loop, row_sums_layout, zeros
+from pallas_kernels.gpu_lanes import F32, LANES, LOG2_E, Cut, loop, row_sums_layout, zeros
+from pallas_kernels.gpu_stream import launch
 from pallas_kernels.selective_scan.gpu_parts import (
     UNROLL,
     Chunk,

@@ -13,7 +13,8 @@ from jax import Array
 from jax.experimental import pallas as pl
 
 from pallas_kernels.chunks import segment_starts
-from pallas_kernels.gpu_lanes import F32, LANES, Cut, Filling, Walk, launch, loop, zeros
+from pallas_kernels.gpu_lanes import F32, LANES, Cut, Filling, Walk, loop, zeros
+from pallas_kernels.gpu_stream import launch
 
 # Only compiled so far, for sm_90a, not timed on hardware. No spills, at most 56 registers; shared memory of
 # a block in bfloat16 (float32): forward 17 (33) KiB, backward 33 (65) KiB. Memory binds: 4 (8) bytes a token
