@@ -14,8 +14,6 @@ import pytest
 import tokenizers
 
 from experiments import corpora
-from experiments.recall import RecallData, draw_distinct, draw_weighted
-from experiments.signals import ArrayData, SignalData
 from experiments.sources import (
     ClassificationSource,
     LanguageSource,
@@ -28,6 +26,8 @@ from experiments.sources import (
     shuffled_indices,
     uniform,
 )
+from experiments.tasks.recall import RecallData, draw_distinct, draw_weighted
+from experiments.tasks.signals import ArrayData, SignalData
 from experiments.text import TextData
 from experiments.tokenizer import (
     ByteTokenizer,

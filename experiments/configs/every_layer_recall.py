@@ -10,7 +10,7 @@ Two hundred steps end before most layers recall, and a chunk longer than 32 toke
 
 from experiments.compare import Comparison
 from experiments.config import Optimizer, Run
-from experiments.recall import RecallData
+from experiments.tasks.recall import RecallData
 from zoo import lm, registry
 
 WIDTH, STEPS = 32, 200

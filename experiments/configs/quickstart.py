@@ -11,7 +11,7 @@ and Titans reach later (`--steps=2000`).
 
 from experiments.compare import Comparison
 from experiments.config import Optimizer, Run
-from experiments.recall import RecallData
+from experiments.tasks.recall import RecallData
 from zoo import lm, registry
 
 WIDTH, STEPS = 32, 600
