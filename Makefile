@@ -48,7 +48,8 @@ PIN = pip-compile --quiet --upgrade --generate-hashes --allow-unsafe --strip-ext
 	--no-emit-index-url --no-emit-find-links --no-emit-trusted-host
 
 pins:  ## renew constraints.txt from pyproject.toml, and the compilers of that jax (needs pip-tools)
-	$(PIN) --extra test --extra lint --build-deps-for editable --output-file constraints.txt pyproject.toml
+	$(PIN) --extra test --extra lint --extra ray --extra digits --extra notebooks \
+		--build-deps-for editable --output-file constraints.txt pyproject.toml
 	jax=$$(sed -n 's/^jax==\([^ ]*\).*/\1/p' constraints.txt) && printf '%s\n' \
 		'libtpu==0.0.50.*' jax-cuda13-plugin==$$jax jax-cuda13-pjrt==$$jax \
 		| $(PIN) --output-file constraints-compile.txt -

@@ -28,12 +28,14 @@ with glibc told to keep what it has (`TUNABLES`). The same variable serves long 
 """
 
 import argparse
+import dataclasses
 import os
 import platform
 import sys
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -66,15 +68,14 @@ WIDTH, BATCH = 128, 1
 PATIENCE = 10.0  # seconds: a layer that takes longer at one length is not run at the next
 
 
-def _setup(name: str, length: int, width: int):
+def _setup(cfg: Any, length: int):
     """Layer, Config, parameters and input."""
     # Full attention's state has a slot for every token, log-linear attention's for every scale.
-    cfg = registry.config(
-        name, width, **({"max_length": length} if "max_length" in registry.fields(name) else {})
-    )
+    if hasattr(cfg, "max_length"):
+        cfg = dataclasses.replace(cfg, max_length=length)
     layer = registry.module(cfg)
     params = layer.init(jax.random.key(0), cfg)
-    return layer, cfg, params, jax.random.normal(jax.random.key(2), (BATCH, length, width))
+    return layer, cfg, params, jax.random.normal(jax.random.key(2), (BATCH, length, cfg.width))
 
 
 def _temporary(program) -> int:
@@ -124,9 +125,9 @@ def _fits(program) -> bool:
     return _temporary(program) < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2
 
 
-def _row(name: str, length: int, width: int) -> dict | None:
+def _row(name: str, cfg: Any, length: int) -> dict | None:
     """None, and a line, where the backward pass does not fit in memory."""
-    layer, cfg, params, x = _setup(name, length, width)
+    layer, cfg, params, x = _setup(cfg, length)
     forward, first = compiled(partial(layer_forward, layer, cfg, None), params, x)
     gradient, second = compiled(partial(layer_gradient, layer, cfg, None), params, x)
     memory = _temporary(gradient) / 1e6
@@ -156,11 +157,12 @@ def _row(name: str, length: int, width: int) -> dict | None:
     return row
 
 
-def bench_layer(name: str, lengths: tuple[int, ...], width: int = WIDTH) -> list[dict]:
-    """Rows of one layer, shortest length first, as far as memory goes and PATIENCE."""
+def bench_layer(name: str, cfg: Any, lengths: tuple[int, ...]) -> list[dict]:
+    """Rows of the layer of Config `cfg`, called `name`, shortest length first, as far as memory goes and
+    PATIENCE."""
     rows: list[dict] = []
     for length in sorted(lengths):
-        row = _row(name, length, width)
+        row = _row(name, cfg, length)
         rows += [row] if row else []
         if not row or row["forward_backward_ms"] > 1e3 * PATIENCE:
             break
@@ -204,7 +206,7 @@ def _layers(options, note: str) -> int:
     table = options.out / ("layers" if width == WIDTH else f"layers_{width}")
     rows, notes = kept(table, names) if options.add else ([], [])
     for name in names:
-        rows += bench_layer(name, lengths, width)
+        rows += bench_layer(name, registry.config(name, width), lengths)
         head = f"{note}: width {width}, batch {BATCH}, float32. {machine()}."
         if rows:
             write(rows, table, [*notes, head])

@@ -1,4 +1,4 @@
-"""The `zoo` command: list, train, compare, eval, generate.
+"""The `zoo` command: list, train, compare, sweep, fit, reproduce, eval, generate.
 
 Every error of the user's making is one line on standard error and exit status 2; nothing is overwritten.
 """
@@ -53,13 +53,12 @@ def _config(options, rest: list[str]):
     """The config that was named, with its overrides, and where its results go."""
     from experiments import overrides
     from experiments.compare import Comparison
+    from experiments.sweep import Sweep
 
     config, _ = overrides.load(options.config)
     changes = overrides.parse(rest)
-    if isinstance(config, Comparison):
-        config = config.override(changes)
-    else:
-        config = overrides.override(config, changes)
+    own = isinstance(config, Comparison | Sweep)
+    config = config.override(changes) if own else overrides.override(config, changes)
     name = Path(options.config).stem
     return config, Path(options.out or Path("runs") / name)
 
@@ -70,7 +69,7 @@ def _train(options, rest: list[str]) -> int:
     from layers.checks import require
 
     run, directory = _config(options, rest)
-    require(isinstance(run, Run), f"{options.config!r} is a comparison: use `zoo compare {options.config}`")
+    require(isinstance(run, Run), _other_verb(options.config, run))
     result = train(run, directory, tensorboard=options.tensorboard)
     if result.stopped:
         step = result.summary["step"]
@@ -91,11 +90,55 @@ def _compare(options, rest: list[str]) -> int:
     from layers.checks import require
 
     comparison, directory = _config(options, rest)
-    require(
-        isinstance(comparison, Comparison), f"{options.config!r} is one run: use `zoo train {options.config}`"
+    require(isinstance(comparison, Comparison), _other_verb(options.config, comparison))
+    arms = compare(comparison, directory, workers=options.workers)
+    return 1 if any(arm.failed for arm in arms.values()) else 0
+
+
+def _sweep(options, rest: list[str]) -> int:
+    from experiments.sweep import Sweep, sweep
+    from layers.checks import require
+
+    config, directory = _config(options, rest)
+    require(isinstance(config, Sweep), _other_verb(options.config, config))
+    outcomes = sweep(
+        config,
+        directory,
+        workers=options.workers,
+        engine="local" if options.ray is None else "ray",
+        address=None if options.ray in (None, "here") else options.ray,
+        retries=options.retries,
     )
-    results = compare(comparison, directory)
-    return 0 if len(results) == len(comparison.runs) else 130
+    failed = [f"{address}: {found.error}" for address, found in outcomes.items() if not found.summary]
+    for line in failed:
+        print(f"failed: {line}")
+    print(directory / "results.csv")
+    return 1 if failed else 0
+
+
+def _other_verb(name: str, config) -> str:
+    """That a config is for another verb, and which."""
+    from experiments.compare import Comparison
+    from experiments.sweep import Sweep
+
+    kinds = {Comparison: ("a comparison", "compare"), Sweep: ("a sweep", "sweep")}
+    what, verb = kinds.get(type(config), ("one run", "train"))
+    return f"{name!r} is {what}: use `zoo {verb} {name}`"
+
+
+def _fit(options) -> int:
+    from experiments.scaling import cli
+
+    return cli.main(options)
+
+
+def _reproduce(options) -> int:
+    from experiments.reproduce import reproduce
+
+    home = Path(options.out or "runs/reproduce")
+    reproduce(options.tier, home, only=options.only, workers=options.workers)
+    print(home / f"reproduce_{options.tier}.md")
+    return 0
 
 
 def _eval(options) -> int:
@@ -139,7 +182,12 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     verbs.add_parser("list", help="layers and configs")
-    for verb, text in (("train", "train one run"), ("compare", "train several and put them side by side")):
+    verbs_of_configs = {
+        "train": "train one run",
+        "compare": "train several architectures and put them side by side",
+        "sweep": "train many runs and put them in one table",
+    }
+    for verb, text in verbs_of_configs.items():
         sub = verbs.add_parser(
             verb,
             help=text,
@@ -153,6 +201,30 @@ def _parser() -> argparse.ArgumentParser:
         )
         if verb == "train":
             sub.add_argument("--tensorboard", action="store_true", help="write TensorBoard files too")
+        else:
+            sub.add_argument(
+                "--workers", type=int, metavar="N", help="processes (default one a core or GPU; 0: only this)"
+            )
+        if verb == "sweep":
+            sub.add_argument("--retries", type=int, default=1, help="of a cell that fails (default 1)")
+            sub.add_argument(
+                "--ray",
+                nargs="?",
+                const="here",
+                metavar="ADDRESS",
+                help="spread over the Ray cluster at ADDRESS, or over one started here",
+            )
+
+    from experiments.scaling import cli as scaling
+
+    sub = verbs.add_parser("fit", help="fit scaling laws to a sweep, or to any CSV with params, tokens, loss")
+    scaling.add_arguments(sub)
+
+    sub = verbs.add_parser("reproduce", help="train published findings again and hold them against claims")
+    sub.add_argument("tier", metavar="TIER", help="cpu: under an hour on two cores")
+    sub.add_argument("--only", metavar="FINDING", help="one of them")
+    sub.add_argument("--out", metavar="DIR", help="directory of the results (default runs/reproduce)")
+    sub.add_argument("--workers", type=int, metavar="N", help="as of compare")
 
     sub = verbs.add_parser("eval", help="evaluate a run's newest checkpoint")
     sub.add_argument("run", metavar="RUN", help="directory of a run")
@@ -171,10 +243,15 @@ def _parser() -> argparse.ArgumentParser:
 def _show(options, rest: list[str]) -> int:
     from experiments import overrides
     from experiments.compare import Comparison
+    from experiments.sweep import Sweep
 
     config, directory = _config(options, rest)
     print(overrides.load(options.config)[1].strip(), "\n")
-    runs = config.runs if isinstance(config, Comparison) else (("", config),)
+    runs: tuple = (("", config),)
+    if isinstance(config, Comparison):
+        runs = config.runs
+    elif isinstance(config, Sweep):
+        runs = tuple((str(cell.point), cell.run) for cell in config.cells)
     for label, run in runs:
         print(f"{label}:" if label else f"results in {directory}")
         for path in overrides.field_paths(run):
@@ -187,13 +264,14 @@ def _show(options, rest: list[str]) -> int:
 
 def _run(arguments: list[str] | None) -> int:
     options, rest = _parser().parse_known_args(arguments)
-    if options.verb in ("train", "compare"):
-        if options.show:
-            return _show(options, rest)
-        return {"train": _train, "compare": _compare}[options.verb](options, rest)
+    of_configs = {"train": _train, "compare": _compare, "sweep": _sweep}
+    if options.verb in of_configs:
+        return (_show if options.show else of_configs[options.verb])(options, rest)
     if rest:
         raise ValueError(f"unexpected {rest[0]!r}; see `zoo {options.verb} --help`")
-    return {"list": _list, "eval": _eval, "generate": _generate}[options.verb](options)
+    return {"list": _list, "fit": _fit, "reproduce": _reproduce, "eval": _eval, "generate": _generate}[
+        options.verb
+    ](options)
 
 
 def _users(error: Exception) -> bool:
@@ -204,7 +282,8 @@ def _users(error: Exception) -> bool:
     frames = traceback.extract_tb(error.__traceback__)
     home = Path(__file__).parent.parent
     ours = [home / name for name in ("experiments", "zoo", "layers", "pallas_kernels")]
-    return isinstance(error, OSError) or Path(frames[-1].filename).parent in ours
+    raised = Path(frames[-1].filename)
+    return isinstance(error, OSError) or any(raised.is_relative_to(folder) for folder in ours)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,179 +1,187 @@
-"""Several runs with one task and one loop, side by side: a table (CSV, Markdown, terminal) and a plot.
+"""Architectures side by side: one task, one budget, one loop; a report, a table, and nothing chosen on test.
 
-A finished run of the comparison is not trained again, an interrupted one goes on where it stopped.
+    config = Comparison(
+        title="recall at equal parameters",
+        runs=(("attention", run("attention")), ("mamba", run("mamba"))),
+        seeds=(0, 1, 2),
+        grid=(("optimizer.lr", (3e-3, 1e-2)),),
+        budget=Budget("params"),
+        probes=(("length 512", dataclasses.replace(DATA, length=512)),),
+    )
+
+Every model is trained at every point of the grid with every seed. Its winner is the point with the best mean
+over seeds on the validation split; what is reported of the winner is from the test split, and from the test
+split of every probe. Cells are those of a sweep (`experiments.cells`): what is finished is not trained again,
+an interrupted comparison goes on where it stopped.
 """
 
-import csv
 import dataclasses
-import shlex
-import statistics
-import sys
-from dataclasses import dataclass
+import json
+import math
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-from rich.console import Console
-from rich.table import Table
-
-from experiments import timing
+from experiments import measure
+from experiments.budget import Budget, Costs, build, costs, matched
+from experiments.cells import Cell, outcome
 from experiments.config import Run
-from experiments.overrides import override
-from experiments.train import Result, train
-from layers.checks import require
+from experiments.grid import Point, axis, product
+from experiments.overrides import override, replaced
+from experiments.report_numbers import spread
+from experiments.sweep import train_all
+from layers.checks import require, require_choice
 
-# key of a result's numbers, heading of its column, format
-COLUMNS = (
-    ("first_loss", "first loss", "{:.3f}"),
-    ("last_loss", "last loss", "{:.3f}"),
-    ("accuracy", "accuracy", "{:.3f}"),
-    ("loss", "loss", "{:.3f}"),
-    ("params", "parameters", "{:,}"),
-    ("state_bytes", "state bytes", "{:,}"),
-    ("tokens_per_second", "tokens/s", "{:,.0f}"),
-    ("compile_seconds", "compile s", "{:.1f}"),
-)
-LAST_STEPS = 20  # over which the last training loss is a mean
-FEW = 12  # runs whose names a plot has room for
+SELECT = ("accuracy", "exact", "loss")
+OWN = ("seeds", "select")  # fields that the command line can change
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Labelled runs. Raises ValueError for none at all or for two of one label."""
+    """Labelled runs. Raises ValueError for none at all, two of one label, or a budget that is not met.
+
+    `seeds` replace those of the runs. `grid`: fields of a run and the values each is tried at. `select`: the
+    validation figure that picks the winner. `cores` of the CPU for each of the processes that train.
+    """
 
     title: str
     runs: tuple[tuple[str, Run], ...]
+    seeds: tuple[int, ...] = (0,)
+    grid: tuple[tuple[str, tuple[Any, ...]], ...] = ()
+    select: str = "accuracy"
+    budget: Budget | None = None
+    probes: tuple[tuple[str, Any], ...] = ()
+    cores: int = 1
 
     def __post_init__(self):
         labels = [label for label, _ in self.runs]
         require(len(labels) > 0, "a comparison needs at least one run")
         require(len(set(labels)) == len(labels), f"two runs of one comparison share a label: {labels}")
+        ok = len(self.seeds) == len(set(self.seeds)) > 0
+        require(ok, f"comparison: seeds={self.seeds} must be different numbers, at least one")
+        require_choice(self, "select", SELECT)
+        require(self.cores > 0, f"comparison: cores={self.cores} must be > 0")
+        names = [name for name, _ in self.probes]
+        ok = len(set(names)) == len(names) and "test" not in names
+        require(ok, f"comparison: probes must have names of their own, and none 'test': {names}")
 
     def override(self, changes: dict[str, str]) -> "Comparison":
-        """Every run with the same fields replaced."""
-        runs = tuple((label, override(run, changes)) for label, run in self.runs)
-        return dataclasses.replace(self, runs=runs)
+        """Every run with the same fields replaced; `seeds` and `select` are the comparison's own."""
+        mine = {name: changes[name] for name in OWN if name in changes}
+        theirs = {name: value for name, value in changes.items() if name not in OWN}
+        runs = tuple((label, override(run, theirs)) for label, run in self.runs)
+        return dataclasses.replace(override(self, mine), runs=runs)
+
+    @cached_property
+    def points(self) -> list[Point]:
+        """Points of the grid; one without any field where there is none."""
+        return product(*(axis(name, *values) for name, values in self.grid))
+
+    @cached_property
+    def cells(self) -> tuple[Cell, ...]:
+        """Every run at every point with every seed, made equal in the budget first."""
+        return tuple(
+            Cell({"model": label, **point, "seed": seed}, replaced(run, {**point, "seed": seed}))
+            for label, run in matched(self.runs, self.budget)
+            for point in self.points
+            for seed in self.seeds
+        )
 
 
-def compare(comparison: Comparison, directory: Path, *, progress: bool = True) -> dict[str, Result]:
-    """Train every run in `directory/label`; write `results.csv`, `results.md`, `plot.png`; print the table.
+@dataclass
+class Arm:
+    """What came of one model: its winner's runs, one a seed."""
 
-    Returns results by label. A signal stops the comparison after the run it hits has saved a checkpoint.
+    label: str
+    point: Point
+    run: Run
+    costs: Costs
+    directories: list[Path]
+    summaries: list[dict]
+    tested: list[dict[str, dict]] = field(default_factory=list)
+    speed: dict = field(default_factory=dict)
+    failed: list[str] = field(default_factory=list)  # lines of cells that did not end
+
+    def values(self, name: str, part: str | None = None) -> list[float | None]:
+        """A figure of every seed: of `tested[part]`, or of the validation split."""
+        if part:
+            return [of[part].get(name) for of in self.tested]
+        return [of.get(name) for of in self.summaries]
+
+    def curves(self) -> list[tuple[list[float], list[float | None]]]:
+        """Steps and training losses of every seed."""
+        curves = []
+        for directory in self.directories:
+            lines = (directory / "metrics.jsonl").read_text().splitlines()
+            rows = [row for row in map(json.loads, lines) if row["kind"] == "train"]
+            curves.append(([row["step"] for row in rows], [row["loss"] for row in rows]))
+        return curves
+
+
+def compare(
+    comparison: Comparison, home: Path, *, workers: int | None = None, progress: bool = True
+) -> dict[str, Arm]:
+    """Train, choose, test, measure; write `report.html`, `results.csv`, `cells.csv` and `results.md`.
+
+    Returns arms by label. `workers` as in `experiments.sweep`. KeyboardInterrupt when a signal stopped it,
+    with checkpoints written.
     """
-    results: dict[str, Result] = {}
-    # Into a file or a pipe the table goes at its full width.
-    console = Console(width=None if sys.stdout.isatty() else 140)
-    for number, (label, run) in enumerate(comparison.runs, 1):
-        if progress:
-            console.print(f"[{number}/{len(comparison.runs)}] {label}", highlight=False, markup=False)
-        result = train(run, directory / label, progress=progress)
-        if result.stopped:
-            console.print(f"stopped by {result.stopped}; the same command goes on from here")
-            return results
-        results[label] = result
-    write_csv(results, directory / "results.csv")
-    (directory / "results.md").write_text(markdown(comparison.title, results))
-    plot(comparison.title, results, directory / "plot.png")
-    console.print(table(comparison.title, results))
-    for name in ("results.csv", "results.md", "plot.png"):
-        console.print(str(directory / name), highlight=False, markup=False)
-    return results
+    from experiments import compare_report
+
+    train_all(comparison.cells, home, workers=workers, cores=comparison.cores, progress=progress)
+    arms = {label: _arm(comparison, label, home) for label, _ in comparison.runs}
+    for arm in arms.values():
+        if arm.directories:
+            arm.tested = [
+                measure.tested(directory, run, comparison.probes)
+                for directory, run in zip(arm.directories, _seeded(arm, comparison), strict=True)
+            ]
+            arm.speed = measure.speed(arm.directories[0], arm.run)
+            _link(home / arm.label, arm.directories[0])
+    compare_report.write(comparison, arms, home)
+    return arms
 
 
-def numbers(result: Result) -> dict:
-    """The summary, and the training loss of the first step and of the last LAST_STEPS (those logged)."""
-    losses = {row["step"]: row["loss"] for row in _training(result)}
-    ends = [loss for step, loss in losses.items() if step > max(losses) - LAST_STEPS]
-    last = statistics.fmean(ends) if ends else None
-    return {**result.summary, "first_loss": losses.get(1), "last_loss": last}
+def _seeded(arm: Arm, comparison: Comparison) -> list[Run]:
+    return [dataclasses.replace(arm.run, seed=summary["seed"]) for summary in arm.summaries]
 
 
-def _training(result: Result) -> list[dict]:
-    """Rows of training steps whose loss is a number."""
-    return [row for row in result.rows if row["kind"] == "train" and row["loss"] is not None]
+def _arm(comparison: Comparison, label: str, home: Path) -> Arm:
+    """The winner of a model: the best mean over seeds of `select` on validation, all seeds finished."""
+    cells = [cell for cell in comparison.cells if cell.point["model"] == label]
+    ended = {cell.address: outcome(home / "cells" / cell.address) for cell in cells}
+    lines = [_line(cell, ended[cell.address].error) for cell in cells if not ended[cell.address].summary]
+    best: tuple[float, Point, list[Cell]] | None = None
+    for point in comparison.points:
+        of = [cell for cell in cells if point.items() <= cell.point.items()]
+        scores = [(ended[cell.address].summary or {}).get(comparison.select) for cell in of]
+        mean, _, count = spread(scores)
+        score = -mean if comparison.select == "loss" else mean
+        if count == len(of) and (best is None or score > best[0]):
+            best = score, point, of
+    if best is None:
+        return Arm(label, {}, cells[0].run, costs(cells[0].run), [], [], failed=lines)
+    _, point, won = best
+    summaries = [{**(ended[cell.address].summary or {}), "seed": cell.run.seed} for cell in won]
+    directories = [home / "cells" / cell.address for cell in won]
+    return Arm(label, point, won[0].run, costs(won[0].run), directories, summaries, failed=lines)
 
 
-def _cells(result: Result) -> dict[str, str]:
-    """Heading and text of each column."""
-    values = {heading: (numbers(result).get(key), form) for key, heading, form in COLUMNS}
-    return {heading: "–" if v is None else form.format(v) for heading, (v, form) in values.items()}
+def _line(cell: Cell, error: str | None) -> str:
+    where = ", ".join(f"{name}={value}" for name, value in cell.point.items())
+    return f"{where}: {error or 'not finished'}"
 
 
-def table(title: str, results: dict[str, Result]) -> Table:
-    """Summaries as a table for the terminal."""
-    grid = Table(title=title)
-    grid.add_column("model", no_wrap=True)
-    for _, heading, _ in COLUMNS:
-        grid.add_column(heading, justify="right")
-    for label, result in results.items():
-        grid.add_row(label, *_cells(result).values())
-    return grid
+def _link(path: Path, directory: Path) -> None:
+    """A name for a winner's directory: `zoo generate DIR/mamba` finds it."""
+    if path.is_symlink():
+        path.unlink()
+    if not path.exists():
+        path.symlink_to(Path("cells") / directory.name)
 
 
-def markdown(title: str, results: dict[str, Result]) -> str:
-    """Summaries as a Markdown table, headed by how they were made, on what, and what its columns mean."""
-    by_zoo = Path(sys.argv[0]).name == "zoo"
-    command = f"`{shlex.join(['zoo', *sys.argv[1:]])}`: " if by_zoo else ""
-    skipped = sum(result.summary["bad_steps"] for result in results.values())
-    note = (
-        f"{command}{title}. {timing.machine()}.\n\n"
-        f"First loss: the training loss of step 1, before any update; last loss: its mean over the last "
-        f"{LAST_STEPS} steps; accuracy and loss: on validation data. Steps skipped because a loss or a "
-        f"gradient was not finite: {skipped} in {len(results)} runs."
-    )
-    return timing.markdown([{"model": label, **_cells(r)} for label, r in results.items()], note)
-
-
-def write_csv(results: dict[str, Result], path: Path) -> None:
-    """Summaries with full precision, one row a run."""
-    rows = {label: numbers(result) for label, result in results.items()}
-    keys = list(next(iter(rows.values())))
-    with path.open("w", newline="") as stream:
-        writer = csv.writer(stream)
-        writer.writerow(["model", *keys])
-        writer.writerows([label, *(row.get(k) for k in keys)] for label, row in rows.items())
-
-
-def _curve(result: Result) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and losses, each a mean of a twentieth of the rows: curves of single steps hide each other."""
-    rows = _training(result)
-    width = max(1, len(rows) // 20)
-    steps, losses = (np.array([row[key] for row in rows], float) for key in ("step", "loss"))
-    return steps[width - 1 :], np.convolve(losses, np.full(width, 1 / width), "valid")
-
-
-def plot(title: str, results: dict[str, Result], path: Path) -> None:
-    """Left: training loss against steps. Right: final accuracy against state size.
-
-    Of many runs, the right-hand side shows numbers, which the legend explains.
-    """
-    from matplotlib import colormaps
-    from matplotlib.figure import Figure
-
-    few = len(results) <= FEW
-    figure = Figure(figsize=(11, 4.2) if few else (14, 7), layout="constrained")
-    curve, pareto = figure.subplots(1, 2)
-    for i, (label, result) in enumerate(results.items()):
-        color = f"C{i}" if few else colormaps["tab20"](i % 20)
-        style = ("-", "--", ":")[i // 20 % 3]
-        name = label if few else f"{i + 1} {label}"
-        curve.plot(*_curve(result), style, label=name, color=color, lw=1.3)
-        summary = result.summary
-        where = (summary["state_bytes"], summary["accuracy"])
-        pareto.scatter(*where, color=color, s=45 if few else 12)
-        offset, size = ((6, 5), 9) if few else ((3, 2), 7)
-        mark = label if few else str(i + 1)
-        pareto.annotate(mark, where, textcoords="offset points", xytext=offset, fontsize=size)
-    curve.set(xlabel="step", ylabel="training loss (nats)", title=title)
-    if few:
-        curve.legend(fontsize=9)
-    else:
-        figure.legend(loc="outside right upper", ncols=2, fontsize=7)
-    pareto.set(xscale="log", xlabel="state (bytes per sequence)", ylabel="validation accuracy")
-    pareto.set(title="what the state buys")
-    pareto.margins(x=0.25 if few else 0.05)
-    accuracies = [result.summary["accuracy"] for result in results.values()]
-    if max(accuracies) - min(accuracies) > 0.5:
-        pareto.set(ylim=(-0.05, 1.08))
-    for axes in (curve, pareto):
-        axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=130)
+def chance(comparison: Comparison) -> float | None:
+    """Of guessing, where the task knows it."""
+    found = getattr(build(comparison.runs[0][1].data), "chance", None)
+    return None if found is None or math.isnan(found) else found

@@ -21,6 +21,10 @@ from experiments.record import plain
 from experiments.tokenizer import Tokenizer
 
 
+class InUseError(RuntimeError):
+    """Another process works there."""
+
+
 class OtherRunError(ValueError):
     """The directory belongs to a run with another config or other data; the message names the fields."""
 
@@ -62,13 +66,13 @@ class Directory:
     def __init__(self, path: str | Path, run: Run, data: str):
         """Create the directory or take up the run in it; nothing is changed before all checks have passed.
 
-        Raises OtherRunError for another run's directory, RuntimeError when another process works in it.
+        Raises OtherRunError for another run's directory, InUseError when another process works in it.
         """
         self.path = Path(path)
         self.checkpoints = self.path / "checkpoints"
         self.metrics = self.path / "metrics.jsonl"
         self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = _lock(self.path)
+        self._lock = lock(self.path / ".lock")
         try:
             self._check(run, data)
         except BaseException:
@@ -113,12 +117,12 @@ class Directory:
         write_json(self.path / "summary.json", plain(summary))
 
 
-def _lock(path: Path) -> TextIO:
-    """A lock that goes with the process that holds it, however that ends."""
-    stream = (path / ".lock").open("w")
+def lock(path: Path) -> TextIO:
+    """A lock that goes with the process that holds it, however that ends. InUseError where one does."""
+    stream = path.open("w")
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         stream.close()
-        raise RuntimeError(f"{path} is in use by another process") from None
+        raise InUseError(f"{path.parent} is in use by another process") from None
     return stream

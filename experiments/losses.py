@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from layers.common import wide
-from zoo import classifier, lm
+from zoo import autoencoder, classifier, lm
 
 Sums = dict[str, Array]
 
@@ -74,14 +74,16 @@ def model_losses(
 
     Language: `tokens [B,T]`, `targets [B,T]` with -1 for ignored, perhaps `segment_ids [B,T]`; or
     `positions [B,P]` with `targets [B,P]`, when few positions have labels. Classification:
-    `inputs [B,T,F]`, `targets [B]`.
+    `inputs [B,T,F]`, `targets [B]`. Reconstruction: `tokens [B,T]`, `targets [B,T]`.
     """
     targets = batch["targets"]
     if isinstance(model, classifier.Config):
         logits, _, aux = classifier.apply(params, model, batch["inputs"], dtype=dtype)
         return total(*cross_entropy(lambda h: h, logits, targets), targets), aux
-    h, _, aux = lm.hidden(params, model, batch["tokens"], segment_ids=batch.get("segment_ids"), dtype=dtype)
+    module = autoencoder if isinstance(model, autoencoder.Config) else lm
+    documents = {name: batch[name] for name in ("segment_ids",) if name in batch}
+    h, _, aux = module.hidden(params, model, batch["tokens"], dtype=dtype, **documents)
     if "positions" in batch:
         h = jnp.take_along_axis(h, batch["positions"][..., None], 1)
-    per_token = cross_entropy(lambda rows: lm.logits(params, model, rows), h, targets, chunk)
+    per_token = cross_entropy(lambda rows: module.logits(params, model, rows), h, targets, chunk)
     return total(*per_token, targets), aux

@@ -17,13 +17,15 @@ from collections.abc import Iterator
 from dataclasses import asdict, fields
 from enum import IntEnum
 from functools import cached_property, lru_cache
-from typing import Protocol, cast, runtime_checkable
+from typing import Protocol, cast, get_origin, runtime_checkable
 
 import numpy as np
 
 from layers.checks import require
 
 IGNORED = -1
+# A split counts as empty when an example was drawn so often in vain: (7/8)^(8 x 50) = 6e-24.
+CANDIDATES, TURNS = 8, 50
 Batch = dict[str, np.ndarray]
 
 
@@ -73,6 +75,8 @@ class Stream(IntEnum):
     DOCUMENTS = 6  # the same, for documents to pack
     OFFSET = 7  # where windows of text begin
     TASK = 8  # what all examples of a task share
+    SPLIT = 9  # multipliers of the hash that tells splits apart by content
+    MIXTURE = 10  # which part of a mixture a batch is of
 
 
 def random_words(count: int, stream: Stream, seed: int, *, start: int = 0, salt: int = 0) -> np.ndarray:
@@ -144,9 +148,13 @@ def require_split(splits: tuple[str, ...], split: str) -> None:
 
 
 def require_types(cfg) -> None:
-    """Every field of dataclass `cfg` has the type it was annotated with; an int passes for a float."""
+    """Every field of dataclass `cfg` has the type it was annotated with; an int passes for a float.
+
+    Of a tuple the elements are not looked at.
+    """
     for field in fields(cfg):
-        value, expected = getattr(cfg, field.name), cast(type, field.type)
+        value, annotated = getattr(cfg, field.name), cast(type, field.type)
+        expected = tuple if get_origin(annotated) is tuple else annotated
         ok = isinstance(value, expected) or (expected is float and isinstance(value, int))
         ok = ok and (expected is bool or not isinstance(value, bool))
         name = expected.__name__ if isinstance(expected, type) else str(expected)
@@ -160,15 +168,33 @@ def require_at_least(cfg, least: int, *names: str) -> None:
         require(value >= least, f"{type(cfg).__name__}: {name}={value} must be at least {least}")
 
 
+def content_hash(rows: np.ndarray) -> np.ndarray:
+    """`rows [n, ...]` of integers or float32 -> `[n]` uint64, a hash of what they hold.
+
+    Zeros at the end change nothing, so padding does not either.
+    """
+    flat = np.ascontiguousarray(rows).reshape(len(rows), -1)
+    bits = flat.view(np.uint32) if flat.dtype == np.float32 else flat
+    h = bits.astype(np.uint64) @ random_words(flat.shape[1], Stream.SPLIT, 0)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):  # mixes high bits into low
+        h = (h ^ (h >> np.uint64(shift))) * np.uint64(factor)
+    return h ^ (h >> np.uint64(31))
+
+
 class GeneratedSource(ABC):
     """A source whose example number i is a pure function of its own `words_per_example` random words.
 
     A subclass has `make(words [n, R] uint64) -> Batch` and says how many words R one example takes; its
     config has `train_examples` (0: training examples never repeat), `eval_examples` and `data_seed`.
     A fixed pool belongs to `data_seed` alone, and the run's seed decides its order in each epoch.
+
+    Streams alone keep training and evaluation apart where chance would hardly draw an example twice. Where
+    there are few different examples, a subclass sets `disjoint`: a hash of its content then assigns each
+    example to validation (1/8 of all), test (1/8) or training, and a row of another split is drawn again.
     """
 
     splits: tuple[str, ...] = ("validation", "test")
+    disjoint: bool = False
 
     def __init__(self, cfg, words_per_example: int):
         self.cfg = cfg
@@ -180,9 +206,42 @@ class GeneratedSource(ABC):
     def make(self, words: np.ndarray) -> Batch:
         """The examples that rows of random words stand for."""
 
+    def content(self, batch: Batch) -> np.ndarray:
+        """`[n, ...]`: what makes two examples the same one, for `disjoint`; zeros at the end do not count."""
+        return batch["tokens" if "tokens" in batch else "inputs"]
+
     def _examples(self, stream: Stream, seed: int, start: int, count: int, salt: int = 0) -> Batch:
         words = random_words(4 * self._blocks * count, stream, seed, start=start * self._blocks, salt=salt)
-        return self.make(words.reshape(count, -1))
+        batch = self.make(words.reshape(count, -1))
+        if self.disjoint:
+            self._redraw(batch, stream, seed, start, salt)
+        return batch
+
+    def _redraw(self, batch: Batch, stream: Stream, seed: int, start: int, salt: int) -> None:
+        """Replace the rows of `batch` that belong to another split, in place. ValueError if none is found."""
+        wrong = np.flatnonzero(~self._belongs(batch, stream))
+        for turn in range(1, TURNS + 1):
+            if not wrong.size:
+                break
+            size = self._blocks * CANDIDATES
+            places = ((start + int(i)) * size + (turn << 96) for i in wrong)
+            words = [random_words(4 * size, stream, seed, start=place, salt=salt) for place in places]
+            new = self.make(np.concatenate(words).reshape(len(wrong) * CANDIDATES, -1))
+            fits = self._belongs(new, stream).reshape(-1, CANDIDATES)
+            found = fits.any(1)
+            first = np.arange(len(wrong)) * CANDIDATES + fits.argmax(1)
+            for name, x in new.items():
+                batch[name][wrong[found]] = x[first[found]]
+            wrong = wrong[~found]
+        kind, name = type(self.cfg).__name__, stream.name.lower()
+        require(not wrong.size, f"{kind}: too few different examples to give {name} some of its own")
+
+    def _belongs(self, batch: Batch, stream: Stream) -> np.ndarray:
+        """`[n]`: whether the content of each row is of the stream's split."""
+        part = content_hash(self.content(batch)) >> np.uint64(61)  # 0 to 7
+        if stream in (Stream.VALIDATION, Stream.TEST):
+            return part == (stream == Stream.TEST)
+        return part > 1
 
     def _all_examples(self, stream: Stream, count: int, chunk: int = 512) -> Batch:
         parts = [

@@ -26,15 +26,15 @@ def compiled(function: Callable, *args) -> tuple[Any, float]:
     return program, time.perf_counter() - start
 
 
-def median_seconds(program: Callable, *args, repeats: int = REPEATS) -> float:
-    """Median seconds of a call, after one to warm up; long calls are repeated less."""
+def median_seconds(program: Callable, *args, repeats: int = REPEATS, patience: float = 5.0) -> float:
+    """Median seconds of a call, after one to warm up; no more calls after `patience` seconds."""
     seconds = []
     jax.block_until_ready(program(*args))
     for _ in range(repeats):
         start = time.perf_counter()
         jax.block_until_ready(program(*args))
         seconds.append(time.perf_counter() - start)
-        if sum(seconds) > 5:
+        if sum(seconds) > patience:
             break
     return statistics.median(seconds)
 

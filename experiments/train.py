@@ -33,7 +33,10 @@ from experiments.evaluate import evaluate
 from experiments.losses import model_losses
 from experiments.record import Recorder, Screen
 from layers.checks import require
-from zoo import checkpoint, classifier, lm
+from zoo import autoencoder, checkpoint, classifier, lm
+
+# What each kind of model is trained on.
+KINDS: dict[ModuleType, str] = {lm: "language", classifier: "classification", autoencoder: "reconstruction"}
 
 
 class NotFiniteError(RuntimeError):
@@ -61,8 +64,8 @@ class Result:
 
 def model_module(model: Any) -> ModuleType:
     """The functions of a model Config."""
-    modules: dict[type, ModuleType] = {lm.Config: lm, classifier.Config: classifier}
-    require(type(model) in modules, f"model={model!r} is neither an lm.Config nor a classifier.Config")
+    modules: dict[type, ModuleType] = {module.Config: module for module in KINDS}
+    require(type(model) in modules, f"model={model!r} is no Config of zoo's lm, classifier or autoencoder")
     return modules[type(model)]
 
 
@@ -167,7 +170,7 @@ def peak_flops(dtype: str) -> float:
 
 def train_flops(model: Any, batch: dict[str, Any]) -> float:
     """FLOPs of forward and backward of a batch, recomputation not counted; the head only where it is read."""
-    inputs = batch["tokens"] if isinstance(model, lm.Config) else batch["inputs"]
+    inputs = batch["tokens"] if "tokens" in batch else batch["inputs"]
     size, length = inputs.shape[:2]
     flops = size * length * model_module(model).flops_per_token(model, length)
     if "positions" in batch:
@@ -175,11 +178,11 @@ def train_flops(model: Any, batch: dict[str, Any]) -> float:
     return 3 * flops
 
 
-def _check(run: Run, source: Any) -> None:
+def check(run: Run, source: Any) -> None:
     """The model and the data belong together. JAX reads past the end of an array without a word."""
-    kind = "language" if model_module(run.model) is lm else "classification"
+    kind = KINDS[model_module(run.model)]
     require(source.kind == kind, f"data of kind {source.kind!r} for a model of kind {kind!r}")
-    for name in ("vocab_size",) if kind == "language" else ("features", "classes"):
+    for name in ("features", "classes") if kind == "classification" else ("vocab_size",):
         model, data = getattr(run.model, name), getattr(source, name)
         fits = model == data or (name != "features" and model > data)
         require(fits, f"model: {name}={model}, but the data have {name}={data}")
@@ -347,7 +350,7 @@ def train(
     checkpoint cannot be written.
     """
     source = run.data.build()
-    _check(run, source)
+    check(run, source)
     with ExitStack() as stack:
         received = stack.enter_context(_signals())
         home = None

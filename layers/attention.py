@@ -10,7 +10,8 @@ Sources: Vaswani et al. 2017 (arXiv 1706.03762) eq. 1; Su et al. 2021 (arXiv 210
 Ainslie et al. 2023 (arXiv 2305.13245) (grouped queries); Beltagy et al. 2020 (arXiv 2004.05150) (window).
 The window counts the query's own token, so `window=1` sees only itself. `conv` adds a short causal
 convolution (linear, no activation) on q, k and v before the rotation, which lets one layer bind a token to
-the one before it (Arora et al. 2023, arXiv 2312.04927).
+the one before it (Arora et al. 2023, arXiv 2312.04927). `sinusoidal` adds absolute positions to the layer's
+input, which do not carry beyond the lengths that were trained; with `rope_base=None` they are the only ones.
 
 With `sinks` = S > 0 the first S tokens of the document stay visible beside a window of w tokens. As in
 StreamingLLM (Xiao et al. 2023, arXiv 2309.17453 sec. 3.2), whose cache numbers what it holds from 0, no
@@ -28,7 +29,17 @@ from flax import struct
 from jax import Array
 
 from layers.checks import require, require_divides, require_not_negative, require_positive, require_rotary
-from layers.common import Params, conv_init, conv_state, convolved, convolved_step, dense, rotary, weight
+from layers.common import (
+    Params,
+    conv_init,
+    conv_state,
+    convolved,
+    convolved_step,
+    dense,
+    rotary,
+    sinusoids,
+    weight,
+)
 from layers.heads import merge_heads
 from pallas_kernels.attention import (
     Cache,
@@ -57,6 +68,7 @@ class Config:
     max_length: int = 2048  # longest sequence of full attention: the slots of its state
     rope_base: float | None = 10000.0  # None: no positions
     conv: int = 0  # taps of the short convolution on q, k, v; 0 for none
+    sinusoidal: bool = False  # absolute positions: sines and cosines added to the input
     sinks: int = 0  # S first tokens of the document that are seen beside the window
     sink_logit: bool = False  # a learned logit per head in the denominator alone
 
@@ -105,7 +117,7 @@ class Config:
 
     def flops_per_token(self, length: int) -> int:
         projections = self.width * (self.channels + self.heads * self.K) + self.conv * self.channels
-        mix = flops_per_token(length, self.span, self.heads, self.K, self.K)
+        mix = flops_per_token(length, self.span, self.heads, self.K, self.K, part=not self.plain)
         return 2 * projections + mix + 4 * self.sinks * self.heads * self.K
 
 
@@ -139,6 +151,13 @@ def init_state(cfg: Config, batch: int) -> State:
         sink_k=sinks,
         sink_v=jnp.copy(sinks),
     )
+
+
+def _projected(params: Params, cfg: Config, x: Array, position: Array) -> Array:
+    """q, k and v side by side, before convolution and rotation."""
+    if cfg.sinusoidal:
+        x = x + sinusoids(position, cfg.width).astype(x.dtype)
+    return dense(x, params["w_qkv"])
 
 
 def _heads(cfg: Config, qkv: Array, position: Array) -> tuple[Array, Array, Array, Array]:
@@ -187,8 +206,8 @@ def apply(params, cfg, x, state=None, *, segment_ids=None, implementation=None):
     )
     cache = None if state is None else state.cache
     state = init_state(cfg, x.shape[0]) if state is None else state
-    qkv, conv = convolved(params, cfg, dense(x, params["w_qkv"]), state.conv, segment_ids)
     position = positions(state.cache.length, segment_ids, x.shape[1])
+    qkv, conv = convolved(params, cfg, _projected(params, cfg, x, position), state.conv, segment_ids)
     q, far, k, v = _heads(cfg, qkv, position)
     sinks = state.sink_k, state.sink_v
     how = {"segment_ids": segment_ids, "implementation": implementation}
@@ -203,8 +222,8 @@ def apply(params, cfg, x, state=None, *, segment_ids=None, implementation=None):
 
 def step(params, cfg, x_t, state):
     """One token: `x_t [B,D] -> (y_t [B,D], State)`."""
-    qkv, conv = convolved_step(params, cfg, dense(x_t, params["w_qkv"]), state.conv)
     position, sinks = state.cache.length, (state.sink_k, state.sink_v)
+    qkv, conv = convolved_step(params, cfg, _projected(params, cfg, x_t, position), state.conv)
     q, far, k, v = _heads(cfg, qkv, position)
     if cfg.plain:
         o, cache = attention_step(q, k, v, state.cache)

@@ -92,11 +92,12 @@ class Config:
         return 4 * own + self.ssm.state_bytes()
 
     def flops_per_token(self, length: int) -> int:
-        """As executed: the fading memory's keys inside the window are computed and masked."""
+        """As executed: the fading memory's keys inside the window are computed and masked, its queries are
+        computed even where tied weights leave them unused."""
         spans = (self.window, self.window + self.F)
-        mix = sum(flops_per_token(length, span, self.heads, self.K, self.K) for span in spans)
-        maps = (7 if self.tied else 8) * self.width**2
-        return 2 * maps + mix + 4 * self.memories * self.width + self.ssm.flops_per_token(length)
+        mix = sum(flops_per_token(length, span, self.heads, self.K, self.K, part=True) for span in spans)
+        maps = 2 * 8 * self.width**2
+        return maps + mix + 4 * self.memories * self.width + self.ssm.flops_per_token(length)
 
 
 @struct.dataclass

@@ -90,6 +90,14 @@ def orthogonal_gates(key: Array, size: int, gates: int) -> Array:
     return jnp.concatenate([make(k, (size, size)) for k in jax.random.split(key, gates)], 1)
 
 
+def sinusoids(position: Array, width: int) -> Array:
+    """Absolute positions, `[...] -> [..., D]`: sines in the first half of the channels, cosines in the second,
+    of wavelengths from 2 pi to almost 20,000 pi (Vaswani et al. 2017, arXiv 1706.03762, Section 3.5)."""
+    half = -(-width // 2)
+    angle = position[..., None] * 10000.0 ** (-jnp.arange(half) / half)
+    return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], -1)[..., :width]
+
+
 def rotate(x: Array, angle: Array) -> Array:
     """Turn the pairs (i, i + A) of the last axis by `angle [..., A]`; channels from 2 A on stay."""
     pairs = angle.shape[-1]

@@ -72,7 +72,9 @@ class Config(HeadDims):
     def flops_per_token(self, length: int) -> int:
         gates = self.heads * (2 + self.levels)
         projections = self.width * (self.stream + 2 * self.heads * self.V + gates) + self.conv * self.stream
+        # Entry by entry: decays and masks of a level's reads and writes, and what it adds to the output.
         level = flops_per_token(length, self.heads, self.K, self.V, channels=False)
+        level += self.heads * (5 * self.K + 3 * self.V)
         return 2 * projections + self.levels * level + 2 * self.heads * (self.K + self.V)
 
 

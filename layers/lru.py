@@ -22,7 +22,7 @@ from jax import Array
 
 from layers.checks import require, require_positive
 from layers.common import Params, weight
-from layers.state_spaces import dense_to_complex, dense_to_real, state_space_output
+from layers.state_spaces import GELU_FLOPS, dense_to_complex, dense_to_real, state_space_output
 from pallas_kernels.diagonal_scan import diagonal_scan, diagonal_scan_step, flops_per_token
 
 
@@ -52,9 +52,9 @@ class Config:
         return 8 * self.N
 
     def flops_per_token(self, length: int) -> int:
-        """The same at every length: B and C, the scan and its normalised input, D and the GLU."""
+        """The same at every length: B and C, the scan and its normalised input, D, GELU, GLU."""
         mix = 8 * self.width * self.N + flops_per_token(self.N, complex_numbers=True) + 2 * self.N
-        return mix + 4 * self.width**2 + 2 * self.width
+        return mix + 4 * self.width**2 + (2 + GELU_FLOPS) * self.width
 
 
 @struct.dataclass

@@ -66,7 +66,9 @@ class Config(ExpandedHeads):
 
     def flops_per_token(self, length: int) -> int:
         projections = self.width * (2 * self.channels + self.stream + self.heads) + self.conv * self.stream
-        return 2 * projections + flops_per_token(length, self.heads, self.state_dim, self.P, channels=False)
+        sizes = self.heads, self.state_dim, self.P
+        mix = flops_per_token(length, *sizes, channels=False, key_heads=self.groups)
+        return 2 * projections + mix
 
 
 @struct.dataclass

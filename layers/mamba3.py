@@ -76,9 +76,13 @@ class Config(ExpandedHeads):
         return 4 * (self.channels * (self.state_dim + 1) + self.heads * (keys + self.angles))
 
     def flops_per_token(self, length: int) -> int:
+        """With each token's scores of its own and, for more ranks than one, those that came too late for
+        `_read_before_write`; and what biases, rotates and weighs queries and keys."""
         projections = self.width * (sum(self.columns) + self.channels)
         sizes = self.heads, self.state_dim, self.P
-        return 2 * projections + self.rank * flops_per_token(length * self.rank, *sizes, channels=False)
+        mix = self.rank * flops_per_token(length * self.rank, *sizes, channels=False)
+        own = (1 + (self.rank > 1)) * self.rank**2 * self.heads * (self.state_dim + self.P)
+        return 2 * (projections + own) + mix + 8 * self.rank * self.heads * self.state_dim
 
 
 @struct.dataclass

@@ -119,7 +119,12 @@ class Config:
     def flops_per_token(self, length: int) -> int:
         projections = self.width * (5 * self.width + len(self.gates) * self.heads + 3 * self.conv)
         mix = flops_per_token(
-            length, self.shapes, self.chunk, momentum=False, written_out=self.retention != "linear"
+            length,
+            self.shapes,
+            self.chunk,
+            momentum=False,
+            activation="gelu",
+            written_out=self.retention != "linear",
         )
         return 2 * projections + mix
 

@@ -40,7 +40,7 @@ from jax import Array
 
 from layers.checks import require, require_choice, require_positive, require_sets
 from layers.common import Params, weight
-from layers.state_spaces import hippo_legs, log_uniform, per_channel, state_space_output
+from layers.state_spaces import GELU_FLOPS, hippo_legs, log_uniform, per_channel, state_space_output
 from pallas_kernels.long_conv import dplr_ssm, dplr_ssm_step, flops_per_token
 
 MEASURES = ("legs", "legt", "lagt", "fout")
@@ -71,7 +71,7 @@ class Config:
 
     def flops_per_token(self, length: int) -> int:
         mix = flops_per_token(length, self.width, self.state_dim, dense=True)
-        return mix + 4 * self.width**2 + 2 * self.width
+        return mix + 4 * self.width**2 + (2 + GELU_FLOPS) * self.width
 
 
 @struct.dataclass

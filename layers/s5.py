@@ -25,7 +25,14 @@ from jax import Array
 
 from layers.checks import require, require_choice, require_positive
 from layers.common import Params, dense, weight, wide
-from layers.state_spaces import dense_to_complex, dense_to_real, hippo_legs, log_uniform, state_space_output
+from layers.state_spaces import (
+    GELU_FLOPS,
+    dense_to_complex,
+    dense_to_real,
+    hippo_legs,
+    log_uniform,
+    state_space_output,
+)
 from pallas_kernels.diagonal_scan import diagonal_scan, diagonal_scan_step, flops_per_token
 
 GATES = ("half", "full")
@@ -62,9 +69,10 @@ class Config:
         return 4 * self.P
 
     def flops_per_token(self, length: int) -> int:
-        """The same at every length: B and C, the discretised input and the scan, D and the gate."""
+        """The same at every length: B and C, the discretised input and the scan, D, GELU, gate."""
         mix = 4 * self.width * self.P + 3 * self.P + flops_per_token(self.P // 2, complex_numbers=True)
-        return mix + (4 if self.gate == "full" else 2) * self.width**2 + 2 * self.width
+        gate = (4 if self.gate == "full" else 2) * self.width**2
+        return mix + gate + (2 + GELU_FLOPS) * self.width
 
 
 @struct.dataclass

@@ -7,6 +7,9 @@ from jax import Array
 
 from layers.common import Params, dense, wide
 
+# FLOPs of an exact GELU: XLA writes the error function out, as polynomials for either range.
+GELU_FLOPS = 66
+
 
 def log_uniform(key: Array, shape: tuple[int, ...], low: float, high: float) -> Array:
     """Logarithms of numbers that are log-uniform in [low, high]."""

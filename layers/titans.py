@@ -114,7 +114,13 @@ class Config:
     def flops_per_token(self, length: int) -> int:
         stream = self.heads * self.D
         projections = self.width * (5 * stream + (2 + self.momentum) * self.heads) + 3 * self.conv * stream
-        mix = flops_per_token(length, self.shapes, self.rule["chunk"], momentum=self.momentum)
+        mix = flops_per_token(
+            length,
+            self.shapes,
+            self.rule["chunk"],
+            momentum=self.momentum,
+            activation=self.activation,
+        )
         return 2 * projections + mix
 
 

@@ -111,7 +111,10 @@ class Config:
     def flops_per_token(self, length: int) -> int:
         matrices = 3 + (not self.conv) + self.gate
         projections = self.width * (matrices * self.width + self.heads + 2 * self.conv)
-        return 2 * projections + flops_per_token(length, self.shapes, self.chunk, momentum=False)
+        mix = flops_per_token(
+            length, self.shapes, self.chunk, momentum=False, activation="gelu", read_scale=True
+        )
+        return 2 * projections + mix
 
 
 @struct.dataclass

@@ -40,6 +40,17 @@ def decayed_scores(q: Array, k: Array, query_sum: Array, key_sum: Array, *, stri
     return _triangles(*blocks, strict=strict).reshape(*lead, *[q.shape[-2]] * 2)
 
 
+def decayed_scores_flops(chunk: int, key_dim: int) -> int:
+    """Of `decayed_scores`, one token of a chunk of C and one head: `K (C + 16 + 2 log2(C / 4))`.
+
+    Halves of s tokens are a product (s K / 2 each, C - 4 in all) between keys and queries that had their
+    exponents subtracted and were scaled (2); the 4 pairs on the diagonal take five (difference, mask, two
+    products, sum).
+    """
+    halvings = (chunk // SMALLEST_BLOCK).bit_length() - 1
+    return key_dim * (chunk - SMALLEST_BLOCK + 2 * halvings + 5 * SMALLEST_BLOCK)
+
+
 def _triangles(q: Array, k: Array, query_sum: Array, key_sum: Array, *, strict: bool) -> Array:
     """`decayed_scores` with the blocks along the first axis.
 

@@ -37,10 +37,20 @@ def float32():
 
 def pytest_addoption(parser):
     parser.addoption(
+        "--layer", metavar="FILE", help="a layer of your own, for the conformance suite in place of the rows"
+    )
+    parser.addoption(
         "--record-kernels",
         action="store_true",
         help="write down which kernels the tests of this run confirm, if all pass (not with -n)",
     )
+
+
+def pytest_configure(config):
+    if config.getoption("layer"):
+        import rows
+
+        rows.only(config.getoption("layer"))
 
 
 def pytest_sessionstart(session):

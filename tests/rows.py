@@ -1,5 +1,9 @@
 """One row per layer: the small Config that the conformance suite runs."""
 
+import importlib.util
+import pathlib
+import sys
+
 from zoo import registry
 
 WIDTH = 8
@@ -8,6 +12,9 @@ ROWS = {
     "attention": registry.config("attention", WIDTH, heads=2, max_length=64),
     "attention-window": registry.config(
         "attention", WIDTH, heads=4, kv_heads=2, window=7, head_dim=4, conv=3
+    ),
+    "attention-sinusoidal": registry.config(
+        "attention", WIDTH, heads=2, window=9, rope_base=None, sinusoidal=True
     ),
     "attention-sinks": registry.config(
         "attention", WIDTH, heads=4, kv_heads=2, window=5, sinks=3, sink_logit=True
@@ -85,3 +92,18 @@ LONG_ROWS = {name: cfg for name, cfg in ROWS.items() if name != "attention"}
 # The memory that learns from what it recalled is chaotic for some parameters (see the layer): the very long
 # sequence is run at its initial values.
 CHAOTIC = {"titans_mac"}
+
+
+def only(path: str) -> None:
+    """The layer in the file `path` in place of all rows: its `ROW`, or its Config at WIDTH."""
+    spec = importlib.util.spec_from_file_location(pathlib.Path(path).stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    row = getattr(module, "ROW", None) or module.Config(width=WIDTH)
+    CHAOTIC.clear()
+    for rows in (ROWS, LONG_ROWS):
+        rows.clear()
+        rows[spec.name] = row
+    FIRST_ROWS.clear()
+    FIRST_ROWS.add(spec.name)

@@ -10,6 +10,7 @@ import pytest
 from experiments import cli, overrides
 from experiments.compare import Comparison
 from experiments.config import Run
+from experiments.sweep import Sweep
 
 TINY = ["--steps=4", "--log-every=2", "--eval-batches=1"]
 
@@ -23,6 +24,7 @@ def tiny(tmp_path):
     config.write_text(
         f'''"""A tiny run."""
 from experiments.config import Run
+from experiments.sweep import Sweep
 from experiments.text import TextData
 from zoo import lm
 
@@ -61,7 +63,7 @@ def test_train_eval_generate(trained, capsys):
     assert len(text) == len("the q") + 5 + len("\n")
 
 
-def test_compare_writes_table_csv_and_plot(tmp_path, capsys, float32):
+def test_compare_writes_report_tables_and_names(tmp_path, capsys, float32):
     out = tmp_path / "compared"
     config = tmp_path / "two.py"
     config.write_text(
@@ -72,15 +74,18 @@ from experiments.configs.quickstart import config as quickstart
 config = Comparison(title="two of them", runs=quickstart.runs[:1] + quickstart.runs[3:4])
 '''
     )
-    assert cli.main(["compare", str(config), "--out", str(out), *TINY]) == 0
+    command = ["compare", str(config), "--out", str(out), "--workers=0", *TINY]
+    assert cli.main(command) == 0
     shown = capsys.readouterr().out
     rows = (out / "results.csv").read_text().splitlines()
     assert len(rows) == 3
     for row in rows[1:]:
-        assert row.split(",")[0] in shown
-    assert (out / "plot.png").read_bytes().startswith(b"\x89PNG")
-    # A second time nothing is trained again: the rows, timings included, are the same.
-    assert cli.main(["compare", str(config), "--out", str(out), *TINY]) == 0
+        label = row.split(",")[0]
+        assert label in shown
+        assert (out / label / "summary.json").exists()
+    assert "<svg" in (out / "report.html").read_text()
+    # A second time nothing is trained or measured again: the rows, timings included, are the same.
+    assert cli.main(command) == 0
     assert (out / "results.csv").read_text().splitlines() == rows
 
 
@@ -94,7 +99,7 @@ def test_list_names_every_layer_and_config(capsys):
 @pytest.mark.parametrize("name", overrides.config_names())
 def test_shipped_configs_load_and_say_how_they_are_run(name, capsys):
     config, doc = overrides.load(name)
-    verb = "compare" if isinstance(config, Comparison) else "train"
+    verb = {Comparison: "compare", Sweep: "sweep"}.get(type(config), "train")
     assert f"zoo {verb} {name}" in doc
     assert cli.main([verb, name, "--show"]) == 0
     assert "--optimizer.lr=" in capsys.readouterr().out
@@ -115,6 +120,10 @@ def test_overrides_reach_nested_fields_and_every_run():
         (["train", "quikstart"], "unknown config 'quikstart' (did you mean 'quickstart'?)"),
         (["train", "nowhere.py"], "no config file 'nowhere.py'"),
         (["train", "quickstart"], "use `zoo compare quickstart`"),
+        (["sweep", "quickstart"], "use `zoo compare quickstart`"),
+        (["compare", "quickstart", "--workers=-1"], "workers=-1 must be >= 0"),
+        (["compare", "quickstart", "--seeds=0,0"], "seeds=(0, 0) must be different"),
+        (["compare", "quickstart", "--seeds=zero"], "--seeds=zero"),
         (["compare", "text"], "use `zoo train text`"),
         (["train", "text", "--stepz=3"], "unknown field 'stepz' of Run (did you mean 'steps'?)"),
         (["train", "text", "--lr=3"], "did you mean 'optimizer.lr'?"),

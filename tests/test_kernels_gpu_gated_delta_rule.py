@@ -1,45 +1,36 @@
 """The gated delta rule as GPU kernels throughout, in the interpreter: against the definition."""
 
-import jax
-import jax.numpy as jnp
 import pytest
-from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
-from jax.experimental.pallas import mosaic_gpu as plgpu
-from kernels import BOUND, assert_parity, results
+from kernels import (
+    BOUND,
+    assert_no_races,
+    assert_parity,
+    cut_into_spans,
+    head_inputs,
+    on_documents,
+    rates,
+    results,
+    unit_keys,
+)
 
-from pallas_kernels import dispatch, gpu_chunk_kernel, gpu_chunks, gpu_decay
-from pallas_kernels.gated_delta_rule import api
+from pallas_kernels.gated_delta_rule import gated_delta_rule
 
 deep = pytest.mark.deep
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    """States are kept every 2 chunks for the decay's gradient; 4 chunks are walked through in two spans."""
-    monkeypatch.setattr(gpu_chunks, "SHORTEST_SPAN", 2)
-    for module in (gpu_chunk_kernel, gpu_decay):
-        monkeypatch.setattr(module, "KEPT_EVERY", 2)
+    cut_into_spans(monkeypatch)
 
 
-def arguments(length, decay, dtype, correlation=0.0, B=1, H=1, K=64, V=64):
-    keys = jax.random.split(jax.random.key(0), 7)
-    normal, shape = jax.random.normal, (B, length, H, K)
-    k = normal(keys[1], shape) + correlation * normal(keys[6], (K,))
-    k = k / jnp.linalg.norm(k, axis=-1, keepdims=True)
-    beta = jax.nn.sigmoid(normal(keys[4], (*shape[:3], 1)))
-    g = -0.2 * jax.random.exponential(keys[5], shape if decay == "channel" else shape[:3])
-    tokens = normal(keys[0], shape) * K**-0.5, k, beta * normal(keys[2], (*shape[:3], V)), beta * k
-    state = normal(keys[3], (B, H, K, V)).astype(jnp.float32)
-    return *(x.astype(dtype) for x in tokens), g.astype(jnp.float32), state
+def arguments(length, decay, dtype, correlation=0.0, **sizes):
+    q, k, v, g, state = head_inputs(length, decay, **sizes)
+    k = unit_keys(k, correlation)
+    return *(x.astype(dtype) for x in (q, k, rates(k) * v, rates(k) * k)), g, state
 
 
 def rule(batch, length, packed):
-    ids = jnp.sort(jax.random.randint(jax.random.key(5), (batch, length), 0, 5), 1) if packed else None
-
-    def run(*args, implementation):
-        return api.gated_delta_rule(*args, segment_ids=ids, implementation=implementation)
-
-    return run
+    return on_documents(gated_delta_rule, batch, length, packed)
 
 
 @pytest.mark.parametrize(
@@ -76,9 +67,4 @@ def test_refuses_what_shared_memory_cannot_hold():
 @deep
 @pytest.mark.parametrize(("decay", "dtype"), [("head", "float32"), ("channel", "bfloat16")])
 def test_no_races(decay, dtype, monkeypatch):
-    """Copies that are on their way against reads and writes, forward and backward."""
-    monkeypatch.setattr(
-        dispatch, "interpretation", lambda platform: plgpu.InterpretGPUParams(detect_races=True)
-    )
-    jax.block_until_ready(results(rule(1, 250, True), arguments(250, decay, dtype), "gpu"))
-    assert not gpu_callbacks.get_races().races_found
+    assert_no_races(rule(1, 250, True), arguments(250, decay, dtype), monkeypatch)

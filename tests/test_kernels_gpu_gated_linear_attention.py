@@ -1,43 +1,26 @@
 """Gated linear attention on a GPU, in the interpreter: values and gradients against the definition."""
 
-import jax
 import jax.numpy as jnp
 import pytest
-from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
-from jax.experimental.pallas import mosaic_gpu as plgpu
-from kernels import BOUND, assert_parity, results
+from kernels import BOUND, assert_no_races, assert_parity, cut_into_spans, head_inputs, on_documents, results
 
-from pallas_kernels import dispatch, gpu_chunk_kernel, gpu_chunks, gpu_decay
-from pallas_kernels.gated_linear_attention import api
+from pallas_kernels.gated_linear_attention import gated_linear_attention
 
 deep = pytest.mark.deep
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    """States are kept every 2 chunks for the decay's gradient; 4 chunks are walked through in two spans."""
-    monkeypatch.setattr(gpu_chunks, "SHORTEST_SPAN", 2)
-    for module in (gpu_chunk_kernel, gpu_decay):
-        monkeypatch.setattr(module, "KEPT_EVERY", 2)
+    cut_into_spans(monkeypatch)
 
 
-def arguments(length, decay, dtype, B=1, G=1, H=1, K=64, V=64):
-    keys = jax.random.split(jax.random.key(0), 5)
-    normal = jax.random.normal
-    q = normal(keys[0], (B, length, G, K)) * K**-0.5
-    k, v = normal(keys[1], (B, length, G, K)), normal(keys[2], (B, length, H, V))
-    shape = {"none": None, "head": (B, length, H), "channel": (B, length, H, K)}[decay]
-    g = None if shape is None else -0.2 * jax.random.exponential(keys[4], shape).astype(jnp.float32)
-    return *(x.astype(dtype) for x in (q, k, v)), g, normal(keys[3], (B, H, K, V)).astype(jnp.float32)
+def arguments(length, decay, dtype, **sizes):
+    *tokens, g, state = head_inputs(length, decay, **sizes)
+    return *(x.astype(dtype) for x in tokens), g, state
 
 
 def attention(batch, length, packed):
-    ids = jnp.sort(jax.random.randint(jax.random.key(5), (batch, length), 0, 5), 1) if packed else None
-
-    def run(*args, implementation):
-        return api.gated_linear_attention(*args, segment_ids=ids, implementation=implementation)
-
-    return run
+    return on_documents(gated_linear_attention, batch, length, packed)
 
 
 @pytest.mark.parametrize(
@@ -80,9 +63,4 @@ def test_refuses_wide_heads_and_mixed_types():
 @deep
 @pytest.mark.parametrize(("decay", "dtype"), [("head", "bfloat16"), ("channel", "float32")])
 def test_no_races(decay, dtype, monkeypatch):
-    """Copies that are on their way against reads and writes, forward and backward."""
-    monkeypatch.setattr(
-        dispatch, "interpretation", lambda platform: plgpu.InterpretGPUParams(detect_races=True)
-    )
-    jax.block_until_ready(results(attention(1, 250, True), arguments(250, decay, dtype), "gpu"))
-    assert not gpu_callbacks.get_races().races_found
+    assert_no_races(attention(1, 250, True), arguments(250, decay, dtype), monkeypatch)

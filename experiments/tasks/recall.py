@@ -5,7 +5,12 @@ tokens of [1, V/2), values distinct tokens of [V/2, V); token 0 fills the rest. 
 pairs has (L - 2K)/2 slots of two tokens; K of them are drawn without replacement with weights i^(a - 1),
 i = 1, 2, ..., in that order, for keys 1..K. A query's label is its key's value, and nothing else is scored.
 
+Filler, too, is a function of the example's number alone, and training and test come from separate streams.
+Mixtures of lengths and numbers of pairs stand in `recall_mixture.py`, rewritten, compound and repeated
+context in `recall_variants.py`.
+
     RecallData(vocab_size=512, length=64, pairs=8, train_examples=20_000).build()
+    RecallData.zoology(512).build()  # a cell of the paper's Figure 2
 """
 
 from dataclasses import dataclass
@@ -21,6 +26,9 @@ from experiments.sources import (
     uniform,
 )
 from layers.checks import require
+
+# Length -> pairs, in Figure 2 of the paper.
+ZOOLOGY_CELLS = {64: 4, 128: 8, 256: 16, 512: 64}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +59,20 @@ class RecallData:
         require(vocab_size > length, f"RecallData: vocab_size={vocab_size} must exceed length={length}")
         require(vocab_size < 2**31, f"RecallData: vocab_size={vocab_size} does not fit 32 bits")
         require(0 < self.power <= 1, f"RecallData: power={self.power} must lie in (0, 1]")
+
+    @classmethod
+    def zoology(cls, length: int) -> "RecallData":
+        """A cell of Figure 2 of the paper: 64, 128, 256 or 512 tokens, of 8,192.
+
+        There: two layers without an MLP, AdamW with weight decay 0.1, 64 epochs of cosine decay, the best
+        of four learning rates from 1e-4 to 1e-2, 512 sequences a step (256 at 256 tokens, 128 at 512).
+        """
+        known = ", ".join(map(str, ZOOLOGY_CELLS))
+        require(
+            length in ZOOLOGY_CELLS, f"RecallData: no published cell has length={length}; there are {known}"
+        )
+        pairs = ZOOLOGY_CELLS[length]
+        return cls(vocab_size=8192, length=length, pairs=pairs, train_examples=100_000, eval_examples=3_000)
 
     def build(self) -> "RecallSource":
         """The source; examples are made when first asked for."""
@@ -84,7 +106,7 @@ class RecallSource(GeneratedSource):
             tokens[:] = below(filler_words[:, : cfg.length], cfg.vocab_size)
         tokens[:, 0 : 2 * cfg.pairs : 2] = keys
         tokens[:, 1 : 2 * cfg.pairs : 2] = values
-        slots = draw_weighted(slot_words, np.arange(1, self._slots + 1) ** (cfg.power - 1.0), cfg.pairs)
+        slots = draw_slots(slot_words, cfg.power, cfg.pairs)
         positions = (2 * cfg.pairs + 2 * slots).astype(np.int32)
         np.put_along_axis(tokens, positions, keys, axis=1)
         return {"tokens": tokens, "positions": positions, "targets": values}
@@ -122,3 +144,8 @@ def draw_weighted(words: np.ndarray, weights: np.ndarray, k: int) -> np.ndarray:
     without replacement (Efraimidis and Spirakis, 2006).
     """
     return np.argsort(-np.log(uniform(words)) / weights, axis=1, kind="stable")[:, :k]
+
+
+def draw_slots(words: np.ndarray, power: float, k: int) -> np.ndarray:
+    """`[count, n]` words -> in each row k distinct numbers of `range(n)`, i by weight (i + 1)^(power - 1)."""
+    return draw_weighted(words, np.arange(1, words.shape[1] + 1) ** (power - 1.0), k)

@@ -80,7 +80,7 @@ class SignalSource(GeneratedSource):
         self.classes = cfg.classes
         self.chance = 1 / cfg.classes
         self.shapes = _shapes(cfg)
-        self._time = _time_order(cfg.length, cfg.data_seed, cfg.shuffled)
+        self._time = time_order(cfg.length, cfg.data_seed, cfg.shuffled)
 
     def make(self, words: np.ndarray) -> Batch:
         """The examples that rows of random words stand for."""
@@ -90,7 +90,7 @@ class SignalSource(GeneratedSource):
         start = (length - width) * uniform(words[:, 2:3])
         amplitude = 0.75 + 0.5 * uniform(words[:, 3, None, None])
         signal = self.render(targets, (np.arange(length) - start) / width)
-        noise = _normal(words[:, 4 : 4 + length * features]).reshape(-1, length, features)
+        noise = normal(words[:, 4 : 4 + length * features]).reshape(-1, length, features)
         inputs = amplitude * signal + self.cfg.noise * noise
         return {"inputs": inputs[:, self._time].astype(np.float32), "targets": targets.astype(np.int32)}
 
@@ -128,43 +128,41 @@ class ArrayData:
 
     def build(self) -> "ArraySource":
         """Read the file. FileNotFoundError or ValueError, one line, for what cannot be."""
-        return ArraySource(self)
+        arrays = _read_arrays(self.path)
+        total, cut = len(arrays["x"]), int(self.train_fraction * len(arrays["x"]))
+        require(0 < cut < total, f"{self.path}: {total} sequences are too few to split")
+        parts = {name: (arrays["x"][here], arrays["y"][here]) for name, here in _halves(cut).items()}
+        if "x_test" in arrays:
+            parts["test"] = (arrays["x_test"], arrays["y_test"])
+        time = time_order(arrays["x"].shape[1], self.data_seed, self.shuffled)
+        settings = {"train_fraction": self.train_fraction, "order": time.tolist()}
+        content = fingerprint(settings, *(arrays[name] for name in sorted(arrays)))
+        return ArraySource(self, f"{self.path}{' shuffled' if self.shuffled else ''}", parts, time, content)
 
 
 class ArraySource:
-    """Batches `{"inputs" [B,T,F] float32, "targets" [B] int32}`."""
+    """Batches `{"inputs" [B,T,F] float32, "targets" [B] int32}` of given arrays.
+
+    `parts` has `(x [n,T,F], y [n])` under "train" and the names of the splits, `time [T]` the order in which
+    the places of a sequence come.
+    """
 
     kind = "classification"
 
-    def __init__(self, cfg: ArrayData):
-        self.cfg = cfg
-        arrays = _read_arrays(cfg.path)
-        _, self.length, self.features = arrays["x"].shape
-        self.classes = int(max(y.max() for name, y in arrays.items() if name.startswith("y"))) + 1
+    def __init__(self, cfg, title: str, parts: dict[str, tuple], time: np.ndarray, content: str):
+        self.cfg, self.title, self.fingerprint = cfg, title, content
+        x = parts["train"][0]
+        _, self.length, self.features = x.shape
+        self.classes = int(max(y.max() for _, y in parts.values())) + 1
         self.chance = 1 / self.classes
-        time = _time_order(self.length, cfg.data_seed, cfg.shuffled)
-        self._parts = self._split(arrays, time)
-        self.splits = tuple(name for name in self._parts if name != "train")
-        settings = {"train_fraction": cfg.train_fraction, "order": time.tolist()}
-        self.fingerprint = fingerprint(settings, *(arrays[name] for name in sorted(arrays)))
-
-    def _split(self, arrays: dict[str, np.ndarray], time: np.ndarray) -> dict[str, Batch]:
-        total = len(arrays["x"])
-        cut = int(self.cfg.train_fraction * total)
-        require(0 < cut < total, f"{self.cfg.path}: {total} sequences are too few to split")
-        mean, deviation = arrays["x"][:cut].mean((0, 1)), arrays["x"][:cut].std((0, 1)) + 1e-8
+        self.splits = tuple(name for name in parts if name != "train")
+        mean, deviation = x.mean((0, 1)), x.std((0, 1)) + 1e-8
 
         def part(x: np.ndarray, y: np.ndarray) -> Batch:
             inputs = (x[:, time] - mean) / deviation
             return {"inputs": inputs.astype(np.float32), "targets": y.astype(np.int32)}
 
-        parts = {
-            "train": part(arrays["x"][:cut], arrays["y"][:cut]),
-            "validation": part(arrays["x"][cut:], arrays["y"][cut:]),
-        }
-        if "x_test" in arrays:
-            parts["test"] = part(arrays["x_test"], arrays["y_test"])
-        return parts
+        self._parts = {name: part(*arrays) for name, arrays in parts.items()}
 
     def batch(self, seed: int, step: int, size: int) -> Batch:
         """Training batch number `step`: a pure function of its arguments."""
@@ -181,12 +179,12 @@ class ArraySource:
         """One line for people."""
         sizes = ", ".join(f"{len(part['targets']):,} {name}" for name, part in self._parts.items())
         return (
-            f"{self.cfg.path}{' shuffled' if self.cfg.shuffled else ''}: {sizes} sequences of {self.length} "
-            f"steps, {self.features} features, {self.classes} classes"
+            f"{self.title}: {sizes} sequences of {self.length} steps, {self.features} features, "
+            f"{self.classes} classes, chance {self.chance:.2%}"
         )
 
 
-def _normal(words: np.ndarray) -> np.ndarray:
+def normal(words: np.ndarray) -> np.ndarray:
     """Random words as standard normals (Box and Muller), one from the two halves of each."""
     radius = ((words >> np.uint64(32)).astype(np.float64) + 0.5) * 2.0**-32
     angle = (words & np.uint64(2**32 - 1)).astype(np.float64) * (2 * math.pi * 2.0**-32)
@@ -196,14 +194,19 @@ def _normal(words: np.ndarray) -> np.ndarray:
 def _shapes(cfg: SignalData) -> np.ndarray:
     """Coefficients `[classes, F, 6]` of the sine series; the mean square over (0, 1) is half their sum."""
     size = (cfg.classes, cfg.features, len(HARMONICS))
-    a = _normal(random_words(math.prod(size), Stream.TASK, cfg.data_seed)).reshape(size) / np.sqrt(HARMONICS)
+    a = normal(random_words(math.prod(size), Stream.TASK, cfg.data_seed)).reshape(size) / np.sqrt(HARMONICS)
     return a / np.sqrt(0.5 * np.square(a).sum(-1, keepdims=True))
 
 
-def _time_order(length: int, seed: int, shuffled: bool) -> np.ndarray:
+def time_order(length: int, seed: int, shuffled: bool) -> np.ndarray:
+    """Places in time, in order, or in one random order that belongs to `seed`."""
     if not shuffled:
         return np.arange(length)
     return np.argsort(random_words(length, Stream.TASK, seed, salt=1), kind="stable")
+
+
+def _halves(cut: int) -> dict[str, slice]:
+    return {"train": slice(None, cut), "validation": slice(cut, None)}
 
 
 def _read_arrays(path: str) -> dict[str, np.ndarray]:

@@ -148,7 +148,15 @@ def attention_part_step(
     return part, cache
 
 
-def flops_per_token(length: int, span: int, heads: int, key_dim: int, value_dim: int) -> int:
-    """Forward FLOPs of one token of the blockwise form: masked pairs are computed too."""
-    seen = min(span - 1, length - 1) + min(xla.QUERY_BLOCK, length)
-    return 2 * heads * seen * (key_dim + value_dim)
+def flops_per_token(
+    length: int, span: int, heads: int, key_dim: int, value_dim: int, *, part: bool = False
+) -> int:
+    """Forward FLOPs of one token of the blockwise form: masked pairs are computed too.
+
+    A pair costs its two products, and six for the mask and the softmax; as a `part` it costs eight more, for
+    the log of the sum and for queries that see nothing.
+    """
+    block = min(xla.QUERY_BLOCK, length)
+    # A block finds its window at one static size; a single one has nothing before it.
+    seen = block + (min(span, length) - 1 if length > block else 0)
+    return heads * seen * (2 * (key_dim + value_dim) + (14 if part else 6))

@@ -8,14 +8,15 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from pallas_kernels.chunks import accumulation_dtype, chunk_length, number_runs
-from pallas_kernels.decay import full_decay
+from pallas_kernels.decay import decayed_scores_flops, full_decay
 from pallas_kernels.dispatch import Kernel, choose, widened
-from pallas_kernels.dplr import reference, tpu, xla
+from pallas_kernels.dplr import gpu, reference, tpu, xla
 
 IMPLEMENTATIONS: dict[str, Callable | Kernel] = {
     "reference": widened(reference.dplr),
     "xla": widened(xla.dplr),
     "tpu": Kernel(tpu.dplr, tpu.refusal),
+    "gpu": Kernel(gpu.dplr, gpu.refusal),
 }
 
 
@@ -69,11 +70,12 @@ def flops_per_token(
     """Forward FLOPs of one token of the chunkwise form: scores, the inverse and its two products, the
     output; then recall, read and write of the state.
 
-    `channels`: the decay is per key channel, where only the lower triangle of scores is formed;
+    `channels`: the decay is per key channel, where scores are formed as `decayed_scores` says;
     `separate_key`: k is not b.
     """
     chunk = chunk_length(length, xla.CHUNK, xla.SMALLEST_BLOCK)
-    scores = (4 if separate_key else 2) * chunk * key_dim * (1 if channels else 2)
+    each = decayed_scores_flops(chunk, key_dim) if channels else 2 * chunk * key_dim
+    scores = (4 if separate_key else 2) * each
     # Halving multiplies two squares of half the size per block: C^3 (1/2 + 1/8 + ...) = 2 C^3 / 3 per chunk.
     inverse = 2 * chunk * chunk // 3 + 2 * chunk * key_dim
     values = (8 if separate_key else 4) * chunk * value_dim

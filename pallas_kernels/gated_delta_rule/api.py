@@ -7,7 +7,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from pallas_kernels.chunks import accumulation_dtype, chunk_length, number_runs
-from pallas_kernels.decay import full_decay
+from pallas_kernels.decay import decayed_scores_flops, full_decay
 from pallas_kernels.dispatch import Kernel, choose, widened
 from pallas_kernels.gated_delta_rule import gpu, reference, tpu, xla
 
@@ -65,10 +65,10 @@ def flops_per_token(length: int, heads: int, key_dim: int, value_dim: int, *, ch
     """Forward FLOPs of one token of the chunkwise form: two scores, the inverse and its products with
     values and recalling keys, the output; then recall, read and write of the state.
 
-    `channels`: the decay is per key channel, where only the lower triangle of scores is formed.
+    `channels`: the decay is per key channel, where scores are formed as `decayed_scores` says.
     """
     chunk = chunk_length(length, xla.CHUNK, xla.SMALLEST_BLOCK)
-    scores = 2 * chunk * key_dim * (1 if channels else 2)
+    scores = 2 * (decayed_scores_flops(chunk, key_dim) if channels else 2 * chunk * key_dim)
     # Halving multiplies two squares of half the size per block: C^3 (1/2 + 1/8 + ...) = 2 C^3 / 3 per chunk.
     inverse = 2 * chunk * chunk // 3
     return heads * (scores + inverse + 2 * chunk * (key_dim + 2 * value_dim) + 6 * key_dim * value_dim)

@@ -7,7 +7,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from pallas_kernels.chunks import accumulation_dtype, chunk_length, number_runs
-from pallas_kernels.decay import full_decay
+from pallas_kernels.decay import decayed_scores_flops, full_decay
 from pallas_kernels.dispatch import Kernel, choose, widened
 from pallas_kernels.gated_linear_attention import gpu, reference, tpu, xla
 
@@ -69,11 +69,15 @@ def gated_linear_attention_step(
     return out.astype(v.dtype), state
 
 
-def flops_per_token(length: int, heads: int, key_dim: int, value_dim: int, *, channels: bool) -> int:
+def flops_per_token(
+    length: int, heads: int, key_dim: int, value_dim: int, *, channels: bool, key_heads: int | None = None
+) -> int:
     """Forward FLOPs of one token of the chunkwise form: scores, their product with v, read, write.
 
-    `channels`: the decay is per key channel, where only the lower triangle of scores is formed.
+    `channels`: the decay is per key channel, where scores are formed as `decayed_scores` says; otherwise
+    they are formed once for each of `key_heads` (as many as `heads` unless given).
     """
     chunk = chunk_length(length, xla.CHUNK, xla.SMALLEST_BLOCK)
-    scores = chunk * key_dim * (1 if channels else 2)
-    return heads * (scores + 2 * chunk * value_dim + 4 * key_dim * value_dim)
+    plain = 2 * chunk * key_dim * (heads if key_heads is None else key_heads)
+    scores = heads * decayed_scores_flops(chunk, key_dim) if channels else plain
+    return scores + heads * (2 * chunk * value_dim + 4 * key_dim * value_dim)

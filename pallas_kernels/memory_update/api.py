@@ -1,6 +1,7 @@
 """Public entry of the op: checks, the empty memory, choice of implementation."""
 
 from collections.abc import Callable, Sequence
+from functools import wraps
 
 import jax
 import jax.numpy as jnp
@@ -9,26 +10,36 @@ from jaxtyping import Float, Int
 
 from pallas_kernels.chunks import accumulation_dtype, chunk_length, number_runs
 from pallas_kernels.dispatch import Kernel, choose
-from pallas_kernels.memory_update import reference, tpu, xla
-from pallas_kernels.memory_update.memory import ENDLESS, Memory, Rule, Tokens, shift
+from pallas_kernels.memory_update import gpu, reference, tpu, xla
+from pallas_kernels.memory_update.memory import ENDLESS, Memory, Rule, Tokens, shift, square
 from pallas_kernels.orthogonal import CLASSICAL, MUON
 from pallas_kernels.orthogonal import flops as orthogonal_flops
 from pallas_kernels.phases import BLOCK, Group
 
+
+
+def _widened(run: Callable) -> Callable:
+    """`run` with q, k and v in the dtype of the gates: that of the sums."""
+
+    @wraps(run)
+    def wide(fresh, tokens, *rest):
+        return run(fresh, tokens.map(lambda x: x.astype(tokens.rate.dtype)), *rest)
+
+    return wide
+
+
 IMPLEMENTATIONS: dict[str, Callable | Kernel] = {
-    "reference": reference.memory_update,
-    "xla": xla.memory_update,
+    "reference": _widened(reference.memory_update),
+    "xla": _widened(xla.memory_update),
     "tpu": Kernel(tpu.memory_update, tpu.refusal),
+    "gpu": Kernel(gpu.memory_update, gpu.refusal),
 }
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu": jax.nn.gelu}
+ACTIVATION_FLOPS = {"silu": 4, "gelu": 8}
 # |x| is smoothed to sqrt(x^2 + SMOOTH), so that it has a second derivative.
 SMOOTH = 1e-6
 # Added to the fourth power of a norm: without it weights grow as 1 / |A| where forgetting has made A small.
 FLOOR = 1.0
-
-
-def _square(error: Array, threshold: Array | None) -> Array:
-    return jnp.sum(error**2, -1)
 
 
 def _cube(error: Array, threshold: Array | None) -> Array:
@@ -38,8 +49,8 @@ def _cube(error: Array, threshold: Array | None) -> Array:
 def _huber(error: Array, threshold: Array | None) -> Array:
     if threshold is None:
         raise ValueError("memory_update: loss='huber' needs a threshold")
-    square = _square(error, None)
-    return jnp.where(square <= threshold**2, square, threshold * jnp.sum(jnp.sqrt(error**2 + SMOOTH), -1))
+    whole = square(error, None)
+    return jnp.where(whole <= threshold**2, whole, threshold * jnp.sum(jnp.sqrt(error**2 + SMOOTH), -1))
 
 
 def _unit_l4(a: Array) -> Array:
@@ -50,7 +61,7 @@ def _softmax(a: Array) -> Array:
     return jax.nn.softmax(a, -1) * (a.shape[-1] * a.shape[-2] ** -0.5)
 
 
-LOSSES: dict[str, Callable] = {"square": _square, "cube": _cube, "huber": _huber}
+LOSSES: dict[str, Callable] = {"square": square, "cube": _cube, "huber": _huber}
 RETENTIONS: dict[str, Callable | None] = {"linear": None, "l4": _unit_l4, "softmax": _softmax}
 NEWTON_SCHULZ = {"classical": CLASSICAL, "muon": MUON}
 
@@ -89,7 +100,7 @@ def _fresh(initial: tuple, tokens: Tokens, window: int) -> Memory:
     weights = tuple(jnp.broadcast_to(w, (batch, *w.shape)) for w in initial)
     still = () if tokens.log_momentum is None else tuple(jnp.zeros_like(w) for w in weights)
     past = _empty_past(batch, window, heads, tokens.k.shape[-1], tokens.v.shape[-1])
-    past = tuple(x.astype(tokens.q.dtype) for x in past)
+    past = tuple(x.astype(tokens.rate.dtype) for x in past)
     return Memory(weights, weights, still, jnp.zeros(batch, jnp.int32), past)
 
 
@@ -222,6 +233,7 @@ def memory_update(
     tokens = _prepared(tokens, static, dtype)
     fresh = _fresh(initial, tokens, static.window)
     carried = None if state is None else shift(state, initial, 1)
+    tokens = tokens._replace(q=q, k=k, v=v)  # kernels take narrow ones
     arguments = fresh, tokens, norm, carried, number_runs(segment_ids), static
     (y, surprise), carried = choose("memory_update", implementation, IMPLEMENTATIONS, arguments)(*arguments)
     return (y.astype(v.dtype), surprise), shift(carried, initial, -1)
@@ -300,24 +312,41 @@ def flops_per_token(
     chunk: int | None,
     *,
     momentum: bool,
+    activation: str = "silu",
     window: int = 1,
+    read_scale: bool = False,
     written_out: bool = False,
     orthogonal: str | None = None,
 ) -> int:
     """Forward FLOPs of one token for inner weights of `shapes` (H, in, out), from an empty memory.
 
     Per layer: keys forward and back, the read, the write (each again for the momentum where there is one),
-    scores and their product with the gradients; and once per head the product of the two decays and of the
-    window's weights. `written_out` (retention that is not linear) and orthogonal steps (with the
-    coefficients of that name) form every token's matrix.
+    scores and their product with the gradients; the activations of queries and keys, with their slopes; once
+    per head the product of the two decays and of the window's weights; and per block what moves weights and
+    momentum and closes a chunk, entry by entry. With `read_scale` queries are read from the start of the
+    chunk too. `written_out` (retention that is not linear) and orthogonal steps (with the coefficients of
+    that name) form every token's matrix.
     """
     block = chunk_length(length, min(chunk or BLOCK, BLOCK))
     keys = 1 + (window - 1) / block
     sizes = [i * o for _, i, o in shapes]
-    products = 2 * ((1 + 2 * keys + 2 * momentum) * sum(sizes) + keys * sum(sizes[1:]))
-    scores = 2 * keys * block * sum(i + o for _, i, o in shapes)
     if written_out or orthogonal:
-        scores = 2 * keys * block * (1 + bool(orthogonal)) * sum(sizes)
+        mix = _written_out_flops(sum(sizes), block, keys, orthogonal=bool(orthogonal))
+    else:
+        products = 2 * (1 + keys) * (1 + momentum) + 2 * read_scale
+        moves = (4 + 5 * momentum + 3 * read_scale) / block
+        mix = (products + moves) * sum(sizes) + 2 * keys * block * sum(i + o for _, i, o in shapes)
+    gradients = 2 * keys * (sum(sizes) + sum(sizes[1:]))
+    # An activation with its slope takes two and a half times as many.
+    active = ACTIVATION_FLOPS[activation] * (1 + 2.5 * keys) * sum(o for *_, o in shapes[:-1])
     steps = sum(orthogonal_flops(i, o, NEWTON_SCHULZ[orthogonal]) for _, i, o in shapes) if orthogonal else 0
     decays = (momentum + (window > 1)) * 2 * keys * block * block
-    return int(shapes[0][0] * (products + scores + decays + steps))
+    return int(shapes[0][0] * (gradients + active + mix + decays + steps))
+
+
+def _written_out_flops(size: int, block: int, keys: float, *, orthogonal: bool) -> float:
+    """Of one token's matrix of `size` entries: sums over the block's gradients (and steps), the read; entry
+    by entry the gradients themselves, what is kept of the weights, and the retention."""
+    rows = (block + 1) / block
+    sums = 2 * keys * block * rows + 2 * block * rows * orthogonal
+    return size * (sums + 2 + keys + 2 * rows + 4)

@@ -1,0 +1,34 @@
+"""Selective copying: 16 tokens scattered over 256 places, in their order.
+
+    zoo compare selective_copying
+
+Gu and Dao 2023 (arXiv 2312.00752), Table 1, at a context of 256: what to keep depends on the content, which a
+time-invariant state space cannot decide.
+"""
+
+from experiments.compare import Comparison
+from experiments.config import Optimizer, Run
+from experiments.reproduce import Claim, of
+from experiments.tasks.copying import CopyingData
+from zoo import lm, registry
+
+WIDTH = 64
+DATA = CopyingData(context=256, copied=16)
+
+
+def run(name: str, **settings) -> Run:
+    layer = registry.config(name, WIDTH, **settings)
+    model = lm.Config(vocab_size=16, width=WIDTH, depth=2, pattern=(layer,), mlp="none", remat=False)
+    optimizer = Optimizer(lr=3e-3, warmup_steps=100, weight_decay=0.0)
+    return Run(model=model, data=DATA, optimizer=optimizer, steps=2000, batch_size=32, log_every=20)
+
+
+config = Comparison(
+    title="selective copying of 16 tokens out of 256",
+    runs=(("mamba", run("mamba")), ("s4d", run("s4d"))),
+)
+
+CLAIMS = (
+    Claim("Mamba copies", of("mamba"), least=0.97),
+    Claim("time-invariant S4D does not", of("s4d"), most=0.6),
+)
