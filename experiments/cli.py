@@ -23,6 +23,8 @@ def _list(_) -> int:
     from rich.table import Table
 
     from experiments import overrides
+    from experiments.tasks import TASKS
+    from experiments.tasks import summary as task_summary
     from zoo import registry
 
     console = Console()
@@ -42,10 +44,13 @@ def _list(_) -> int:
         numbers = (f"{cfg.state_bytes() / 1e3:,.1f}", f"{cfg.flops_per_token(1024) / 1e3:,.0f}")
         what = [registry.summary(name)] * (console.width >= 120)
         layers.add_row(name, entry.form, *numbers, registry.paper(name), *what)
+    asked = Table("data", "what is asked", title="tasks, beside experiments.text")
+    for name in TASKS:
+        asked.add_row(name, task_summary(name))
     configs = Table("config", "what it does", title="configs")
     for name in overrides.config_names():
         configs.add_row(name, overrides.description(name))
-    console.print(layers, configs)
+    console.print(layers, asked, configs)
     return 0
 
 
@@ -181,7 +186,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
-    verbs.add_parser("list", help="layers and configs")
+    verbs.add_parser("list", help="layers, tasks and configs")
     verbs_of_configs = {
         "train": "train one run",
         "compare": "train several architectures and put them side by side",

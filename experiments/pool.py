@@ -10,6 +10,8 @@ from pathlib import Path
 
 from experiments.worker import MORE, STOPPED
 
+# numpy starts a thread for every core of the machine, whatever cores the worker is kept to.
+ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
 QUICK = 10.0  # seconds: a worker that dies sooner, time after time, will not do better the next time
 DEATHS = 3
 
@@ -70,7 +72,7 @@ class Pool:
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
-                env=os.environ | self._environments[number],
+                env=ONE_THREAD | os.environ | self._environments[number],
                 start_new_session=True,  # a Ctrl-C reaches this process alone, which passes it on once
             )
         return _Worker(cores, process, time.monotonic())

@@ -1,4 +1,4 @@
-"""The README's tables of layers, from the registry, and of kernels, from what is on record about them.
+"""The README's tables: layers, from the registry; tasks; kernels, from what is on record about them.
 
     python -m experiments.readme
 
@@ -8,7 +8,7 @@ Replaces what stands between the markers in README.md of the current directory.
 import sys
 from pathlib import Path
 
-from experiments import kernel_matrix
+from experiments import kernel_matrix, tasks
 from zoo import registry
 
 
@@ -23,7 +23,19 @@ def table() -> str:
     return "\n".join(lines) + "\n"
 
 
-TABLES = {"layers": table, "kernels": kernel_matrix.table}
+def task_table() -> str:
+    """One row per file of tasks: its configs and what they ask."""
+    configs: dict[str, list[str]] = {}
+    for name, module in tasks.TASKS.items():
+        configs.setdefault(module, []).append(name)
+    lines = ["| configs | what is asked |", "|---|---|"]
+    for module, names in configs.items():
+        links = ", ".join(f"[`{name}`](experiments/tasks/{module}.py)" for name in names)
+        lines.append(f"| {links} | {tasks.summary(names[0])} |")
+    return "\n".join(lines) + "\n"
+
+
+TABLES = {"layers": table, "tasks": task_table, "kernels": kernel_matrix.table}
 
 
 def updated(text: str) -> str:

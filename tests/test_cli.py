@@ -92,7 +92,7 @@ config = Comparison(title="two of them", runs=quickstart.runs[:1] + quickstart.r
 def test_list_names_every_layer_and_config(capsys):
     assert cli.main(["list"]) == 0
     shown = capsys.readouterr().out
-    for name in ("titans", "mamba", "s4d", "mixture_of_memories", "quickstart", "shakespeare"):
+    for name in ("titans", "mamba", "s4d", "mixture_of_memories", "NeedleData", "quickstart", "shakespeare"):
         assert name in shown
 
 

@@ -7,7 +7,6 @@ Grazzi et al. 2024 (arXiv 2411.12537), Section 5: a linear recurrence whose tran
 the last bit of words of 40 to 256 bits; guessing gives 1/2.
 """
 
-
 from experiments.compare import Comparison
 from experiments.config import Optimizer, Run
 from experiments.reproduce import Claim, of

@@ -21,8 +21,8 @@ words of each topic pays about n^-tail for the others (`loss_knowing(n)`, exactl
 D^(1 / (1 + tail)) words more than a few times: Hutter 2021 (arXiv 2102.04074), Michaud et al. 2023 (arXiv
 2303.13506). A learner that counts what follows (topic, letters so far) loses with D to the power of -0.31 to
 -0.36 from 16 thousand to 2 million tokens at the default settings, and of -0.40 and -0.45 in the next two
-octaves, where the words begin to run out: for larger budgets raise `words`. The topic has to be remembered for
-a sentence, the letters for a word.
+octaves, where the words begin to run out: for larger budgets raise `words`. The topic has to be remembered
+for a sentence, the letters for a word.
 
     LexiconData(length=256).build()
 """
