@@ -91,8 +91,10 @@ def orthogonal_gates(key: Array, size: int, gates: int) -> Array:
 
 
 def sinusoids(position: Array, width: int) -> Array:
-    """Absolute positions, `[...] -> [..., D]`: sines in the first half of the channels, cosines in the second,
-    of wavelengths from 2 pi to almost 20,000 pi (Vaswani et al. 2017, arXiv 1706.03762, Section 3.5)."""
+    """Absolute positions, `[...] -> [..., D]`: sines in the first half of the channels, then cosines.
+
+    Wavelengths go from 2 pi to almost 20,000 pi (Vaswani et al. 2017, arXiv 1706.03762, Section 3.5).
+    """
     half = -(-width // 2)
     angle = position[..., None] * 10000.0 ** (-jnp.arange(half) / half)
     return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], -1)[..., :width]

@@ -10,7 +10,7 @@ none is a difference; each of the six levels is then one product of whole 64 x 6
 count.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +19,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.gpu_chunk_work import Look
 from pallas_kernels.gpu_decay import ENDS, IDS
 from pallas_kernels.gpu_math import (
     BF16,
@@ -52,32 +53,36 @@ class Reader(NamedTuple):
 
     query: tuple[Array, ...]  # [B,T,Hq,K]
     strict: bool = False  # not what is written at the same token
+    before: bool = False  # before the decay of its token: G_i without that one
 
 
 class Scored(NamedTuple):
     """Operands for `gpu_chunks.attend`."""
 
-    pairs: list[tuple[Array, ...]]  # [B,H,T,64] of each reader
+    pairs: list[tuple[Array, ...]]  # [B,H,T,64] of each reader with each key
     queries: list[tuple[Array, ...]]  # [B,T,H,K] with the decay since the chunk's beginning
-    key: tuple[Array, ...]  # [B,T,H,K] with the decay until the chunk's end
+    keys: list[tuple[Array, ...]]  # [B,T,H,K] with the decay until the chunk's end; [] if not wanted
 
 
-def put_masks(scratch: dict) -> None:
+def put_masks(scratch: dict, before: bool) -> None:
     """Which tokens (columns) lie between each token (row) and its pivot, level by level; which are not after
-    it; which are."""
+    it; which are. Readers that read `before` their token's decay leave out that token."""
     number(scratch["numbers"])
+
+    def seen(i, t):
+        return t < i if before else t <= i
 
     def put_level(level, carry):
         i, t = down(row_numbers()), column_numbers(now(scratch, SEVERAL)["numbers"])
         half = lax.shift_left(jnp.int32(1), level)
         pivot = lax.bitwise_or(i, 2 * half - 1) - half
-        between = ((t > pivot) & (t <= i)) | ((t > i) & (t <= pivot))
+        between = ((t > pivot) & seen(i, t)) | ((t > i) & (t <= pivot))
         put([scratch["masks"].at[level]], between.astype(F32))
         return carry
 
     loop(LEVELS, put_level, ())
     i, t = down(row_numbers()), column_numbers(now(scratch, SEVERAL)["numbers"])
-    put([scratch["masks"].at[READ]], (t <= i).astype(F32))
+    put([scratch["masks"].at[READ]], seen(i, t).astype(F32))
     put([scratch["masks"].at[WRITE]], (t > i).astype(F32))
     plgpu.commit_smem()
 
@@ -105,9 +110,11 @@ def turn_of(rooms: Sequence[Any], level: Array) -> list:
     return [room.at[lax.rem(level, jnp.int32(count)) + nothing()] for room in rooms]
 
 
-def rights(parts: int) -> list:
-    """Room for the right operands of two levels, or of one where there is no more."""
-    return [shared_tile(BLOCK, BLOCK, count=2 if parts == 1 else 1)] * parts
+def rights(parts: int, operands: int) -> list:
+    """Room for the right operands of two levels, or of one where there is no more: that of one operand."""
+    if parts == 1:
+        return [[shared_tile(BLOCK, BLOCK, count=2)] for _ in range(operands)]
+    return [[shared_tile(BLOCK, BLOCK)] * parts]
 
 
 def channel_scratch(lefts: int, parts: int) -> dict:
@@ -120,19 +127,21 @@ def channel_scratch(lefts: int, parts: int) -> dict:
     return scratch
 
 
-def _add_levels(look: Callable[[], tuple[dict, dict]], pairs: list[Array]) -> list[Array]:
-    """`pairs` of each reader with the scores of 64 channels added, all but the diagonals."""
+def _add_levels(look: Look, keys: Sequence[int], pairs: list[Array]) -> list[Array]:
+    """`pairs` with the scores of 64 channels of some `keys` added, all but the diagonals."""
 
     def add(level, pairs):
         tiles, scratch = look()
-        decay, right = level_decay(tiles, scratch, level), turn_of(scratch["right"], level)
-        put(right, get(tiles["key"]) * decay)
+        decay, early = level_decay(tiles, scratch, level), []
+        for n, rooms in zip(keys, scratch["right"], strict=True):
+            early.append(turn_of(rooms, level))
+            put(early[-1], get(tiles["keys"][n]) * decay)
         lefts = [
             as_left(get(query) * decay, len(query), scratch["left"][m] if "left" in scratch else None)
             for m, query in enumerate(tiles["queries"])
         ]
         plgpu.commit_smem()
-        products = multiply(*[product(left, turned(right)) for left in lefts])
+        products = multiply(*[product(left, turned(right)) for right in early for left in lefts])
         chosen = square(scratch["numbers"], level)
         return [x + jnp.where(chosen, y, 0) for x, y in zip(pairs, products, strict=True)]
 
@@ -140,19 +149,21 @@ def _add_levels(look: Callable[[], tuple[dict, dict]], pairs: list[Array]) -> li
 
 
 def _add_diagonals(tiles: dict, scratch: dict, pairs: list[Array], strict: Sequence[bool]) -> list[Array]:
-    same = down(row_numbers()) == column_numbers(scratch["numbers"])
-    after = []
-    for x, query, without in zip(pairs, tiles["queries"], strict, strict=True):
-        if not without:
-            (plain,) = multiply(product(query, turned(tiles["key"])))
+    same, after = down(row_numbers()) == column_numbers(scratch["numbers"]), []
+    for n, x in enumerate(pairs):
+        key, m = divmod(n, len(strict))
+        if not strict[m]:
+            (plain,) = multiply(product(tiles["queries"][m], turned(tiles["keys"][key])))
             x = settled(x + jnp.where(same, plain, 0))
         after.append(x)
     return after
 
 
-def _score_kernel(refs: dict, outputs: dict, scratch: dict, run: Run, strict: Sequence[bool]) -> None:
-    put_masks(scratch)
-    sources = {name: jax.tree.map(run.source, refs[name]) for name in ("queries", "key", "decay")}
+def _score_kernel(refs: dict, outputs: dict, scratch: dict, run: Run, readers: Sequence[Reader]) -> None:
+    put_masks(scratch, readers[0].before)
+    strict = [reader.strict for reader in readers]
+    keys, at_once = range(len(refs["keys"])), len(scratch["right"])
+    sources = {name: jax.tree.map(run.source, refs[name]) for name in ("queries", "keys", "decay")}
     if "marks" in refs:
         sources["marks"] = run.marks(refs["marks"])
 
@@ -162,7 +173,11 @@ def _score_kernel(refs: dict, outputs: dict, scratch: dict, run: Run, strict: Se
         def look():
             return tiles(), now(scratch, SEVERAL)
 
-        pairs = _add_levels(look, [x * (block > 0).astype(F32) for x in pairs])
+        pairs = [x * (block > 0).astype(F32) for x in pairs]
+        for first in range(0, len(keys), at_once):
+            some = keys[first : first + at_once]
+            own = slice(first * len(strict), (first + len(some)) * len(strict))
+            pairs[own] = _add_levels(look, some, pairs[own])
         pairs = _add_diagonals(*look(), pairs, strict)
         _send_operands(look, outputs, run, chunk, block)
 
@@ -177,38 +192,55 @@ def _score_kernel(refs: dict, outputs: dict, scratch: dict, run: Run, strict: Se
         return pairs
 
     stages = stages_for(scratch, sources, run.blocks)
-    stream(run.steps, stages, sources, step, [zeros() for _ in strict])
+    stream(run.steps, stages, sources, step, [zeros() for _ in outputs["pairs"]])
     plgpu.wait_smem_to_gmem(0)
 
 
-def _send_operands(look: Callable, outputs: dict, run: Run, chunk: Array, block: Array) -> None:
-    """Queries and key as the state meets them."""
-    tiles, own = look()
-    decay = state_decay(tiles, own, READ)
-    for query, target in zip(tiles["queries"], outputs["queries"], strict=True):
-        send(own["out"][: len(target)], [run.tokens(x, chunk, block) for x in target], get(query) * decay)
-    key, target = get(tiles["key"]) * state_decay(tiles, own, WRITE), outputs["key"]
-    send(own["out"][: len(target)], [run.tokens(x, chunk, block) for x in target], key)
+def _send_operands(look: Look, outputs: dict, run: Run, chunk: Array, block: Array) -> None:
+    """Queries and keys as the state meets them."""
+    for name, mask in (("queries", READ), ("keys", WRITE)):
+        if not outputs[name]:
+            continue
+        tiles, own = look()
+        decay = state_decay(tiles, own, mask)
+        for operand, target in zip(tiles[name], outputs[name], strict=True):
+            places = [run.tokens(x, chunk, block) for x in target]
+            send(own["out"][: len(target)], places, get(operand) * decay)
 
 
-def score(readers: Sequence[Reader], key: tuple, decay: tuple, marks: Array | None) -> Scored:
+def score(
+    readers: Sequence[Reader],
+    keys: Sequence[tuple],
+    decay: tuple,
+    marks: Array | None,
+    *,
+    keys_wanted: bool = True,
+) -> Scored:
     """Scores of every chunk, and queries and keys as the state meets them; `decay [B,T,H,K]` in parts.
 
-    Scores of a strict reader, which are going to be inverted, come in as many parts as the decay.
+    Readers agree on `before`, and there is one of them or one key. Scores of a strict reader with the first
+    key, which are going to be inverted, come in as many parts as the decay.
     """
-    batch, length, heads, keys = decay[0].shape
-    parts, run = len(key), Run.of(batch, heads, length, keys)
-    wide = [jax.ShapeDtypeStruct((batch, length, heads, keys), BF16)] * parts
+    batch, length, heads, width = decay[0].shape
+    parts, run = len(keys[0]), Run.of(batch, heads, length, width)
+    wide = [jax.ShapeDtypeStruct((batch, length, heads, width), BF16)] * parts
     pair = jax.ShapeDtypeStruct((batch, heads, length, BLOCK), BF16)
-    scores = [[pair] * (len(decay) if reader.strict else parts) for reader in readers]
-    outputs = {"pairs": scores, "queries": [wide for _ in readers], "key": wide}
-    scratch = channel_scratch(len(readers), parts) | {"right": rights(parts)}
+    scores = [
+        [pair] * (len(decay) if reader.strict and n == 0 else parts)
+        for n in range(len(keys))
+        for reader in readers
+    ]
+    outputs = {
+        "pairs": scores,
+        "queries": [wide for _ in readers],
+        "keys": [wide for _ in keys] if keys_wanted else [],
+    }
+    scratch = channel_scratch(len(readers), parts) | {"right": rights(parts, len(keys))}
     scratch["out"] = [shared_tile(BLOCK, BLOCK)] * max(map(len, scores))
-    inputs = {"queries": [reader.query for reader in readers], "key": key, "decay": decay, "marks": marks}
+    inputs = {"queries": [reader.query for reader in readers], "keys": keys, "decay": decay, "marks": marks}
 
     def kernel(ins, outs, scratch):
-        _score_kernel(ins, outs, scratch, run, [reader.strict for reader in readers])
+        _score_kernel(ins, outs, scratch, run, readers)
 
     results = call(kernel, "channel_scores", run.grid, inputs, outputs, scratch)
-    pairs, queries = ([tuple(x) for x in results[name]] for name in ("pairs", "queries"))
-    return Scored(pairs, queries, tuple(results["key"]))
+    return Scored(*([tuple(x) for x in results[name]] for name in ("pairs", "queries", "keys")))

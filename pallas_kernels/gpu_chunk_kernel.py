@@ -101,18 +101,16 @@ def _sources(refs: dict, plan: Plan, form: Form) -> dict:
 
         return Source(view, (4, BLOCK), jnp.int32)
 
-    cut = {
-        "query": lambda ref: tokens(ref, plan.keys, False),
-        "key": lambda ref: tokens(ref, plan.keys, False),
-        "value": lambda ref: tokens(ref, BLOCK, True),
-        "partner": lambda ref: tokens(ref, BLOCK, True),
-        "recall": lambda ref: tokens(ref, plan.keys, False),
-        "total": total,
-        "keep": keep,
-        "pairs": pairs,
-        "inverse": pairs,
-        "marks": marks,
-    }
+    def whole(ref) -> Source:
+        return tokens(ref, plan.keys, False)
+
+    def columns(ref) -> Source:
+        return tokens(ref, BLOCK, True)
+
+    cut = {"total": total, "keep": keep, "marks": marks}
+    cut |= dict.fromkeys(("query", "key", "recall", "other_key"), whole)
+    cut |= dict.fromkeys(("value", "partner", "other_value"), columns)
+    cut |= dict.fromkeys(("pairs", "inverse", "other_pairs"), pairs)
     return {name: jax.tree.map(cut[name], ref) for name, ref in refs.items()}
 
 

@@ -140,9 +140,10 @@ def channel_output(look: Look, form: Form, state: list[Array]) -> Array:
     put_state(scratch, state)
     plgpu.commit_smem()
     sums = product(tiles["query"], scratch["state"])
-    if "pairs" in tiles:
-        left = turned(tiles["pairs"]) if form.reverse else tiles["pairs"]
-        sums += product(left, tiles["value"])
+    for pairs, values in (("pairs", "value"), ("other_pairs", "other_value")):
+        if pairs in tiles:
+            left = turned(tiles[pairs]) if form.reverse else tiles[pairs]
+            sums += product(left, tiles[values])
     return multiply(sums)[0]
 
 
@@ -155,7 +156,10 @@ def linear_chunk(look: Look, form: Form, state: list[Array], emit: Callable) -> 
         out = (head_output if head else channel_output)(look, form, state)
     if not head:
         emit(out, lambda: None)
-        return write_state(look, form, state, None, {"key": lambda: look()[0]["value"]})
+        writers = {"key": lambda: look()[0]["value"]}
+        if "other_key" in tiles:
+            writers["other_key"] = lambda: look()[0]["other_value"]
+        return write_state(look, form, state, None, writers)
     decay = state_decay(look()[0], form)
 
     def write():
@@ -184,18 +188,24 @@ def _written(look: Look, first: int) -> list:
 
 def correct_chunk(look: Look, form: Form, state: list[Array], emit: Callable) -> list[Array]:
     """The state that leaves a chunk of the delta rule: q is what recalls, v the values; the corrections go to
-    `emit`, D = (I + A)^{-1} (v - (p e^G) S)."""
-    tiles, scratch = look()
-    put_state(scratch, state)
-    plgpu.commit_smem()
-    (recalled,) = multiply(product(tiles["query"], scratch["state"]))
+    `emit`, D = (I + A)^{-1} (v - (p e^G) S).
+
+    With another key it is that one that writes v, of which `pairs` is what p recalls from within the chunk:
+    D = -(I + A)^{-1} (A_pk v + (p e^G) S), with decay per channel.
+    """
+    recalled = channel_output(look, form, state)
+    tiles, _ = look()
     decay = state_decay(tiles, form) if "total" in tiles else None
     if decay is not None:
         recalled = recalled * down(decay.read)
-    delta = _solve(look, settled(get(look()[0]["value"]) - recalled))
+    tiles, _ = look()
+    apart = "other_key" in tiles
+    delta = _solve(look, -recalled if apart else settled(get(tiles["value"]) - recalled))
     emit(delta, lambda: put(_written(look, 0), delta if decay is None else delta * down(decay.write)))
-    keep = None if decay is None else decay.keep
-    return write_state(look, form, state, keep, {"key": lambda: _written(look, 0)})
+    writers = {"key": lambda: _written(look, 0)}
+    if apart:
+        writers["other_key"] = lambda: look()[0]["value"]
+    return write_state(look, form, state, None if decay is None else decay.keep, writers)
 
 
 def correct_back_chunk(look: Look, form: Form, state: list[Array], emit: Callable) -> list[Array]:

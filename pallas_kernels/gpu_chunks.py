@@ -44,6 +44,10 @@ class Operands(NamedTuple):
     pairs: tuple[Array, ...] = ()  # [B,H,T,64] scores, where they are not the products of q and k
     marks: Array | None = None  # [B,n,4,64] documents, of `marks_of`
     partner: tuple[Array, ...] = ()  # [B,T,Hp,V]: products of o with it are wanted, one per token
+    # With decay per channel, a second key with values and scores: o and the state are sums over both.
+    other_key: tuple[Array, ...] = ()
+    other_value: tuple[Array, ...] = ()
+    other_pairs: tuple[Array, ...] = ()
 
 
 class Results(NamedTuple):
@@ -87,7 +91,7 @@ def _entering(operands: Operands, initial: Array, plan: Plan, form: Form) -> Arr
     """States at the beginnings of spans, `[B,H,spans,K,V]`; spans are numbered as they are walked."""
     if plan.spans == 1:
         return initial[:, :, None]
-    unseen = operands._replace(query=(), pairs=(), partner=())
+    unseen = operands._replace(query=(), pairs=(), partner=(), other_pairs=())
     added = run(unseen._asdict(), plan, form._replace(kept=False), "linear_attention_states")["final"]
     keep, states = _span_keep(operands, plan, form), [initial]
     keep = jnp.flip(keep, 2) if form.reverse else keep
@@ -122,6 +126,8 @@ def _some_keys(operands: Operands, some: slice, form: Form) -> Operands:
         key=tuple(x[..., some] for x in operands.key),
         keep=keep if keep is None or form.keep_columns else keep[..., some],
         pairs=operands.pairs if some.start == 0 else (),
+        other_key=tuple(x[..., some] for x in operands.other_key),
+        other_pairs=operands.other_pairs if some.start == 0 else (),
     )
 
 

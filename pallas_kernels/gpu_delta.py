@@ -136,7 +136,8 @@ def _sequential(operands: dict, initial: Array, form: Form, chunk: Any, name: st
 
 
 def corrections(operands: Operands, inverse: tuple, initial: Array, dtype: Any) -> Results:
-    """`out` is D, of queries p (with their decay, where it is per channel), keys k and values v."""
+    """`out` is D, of queries p (with their decay, where it is per channel), keys k and values v; or with
+    another key that writes v (see `correct_chunk`)."""
     inputs = operands._asdict() | {"inverse": inverse}
     return _sequential(inputs, initial, Form(dtype=dtype), correct_chunk, "delta_corrections")
 

@@ -8,7 +8,7 @@ as good as float32. Two parts and three products ("bf16x3") leave 5e-6 of each p
 where gradients cancel: that of the decay was wrong by 2e-5 to 4e-5.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -184,6 +184,22 @@ def padded(x: Array, length: int, width: int | None = None) -> Array:
     """`[B,T,H,W]` with zeros up to `length` tokens and `width` channels."""
     pad = [(0, 0), (0, length - x.shape[1]), (0, 0), (0, (width or x.shape[3]) - x.shape[3])]
     return jnp.pad(x, pad) if any(after for _, after in pad) else x
+
+
+def on_blocks(
+    run: Callable, keyed: Sequence, v: Array, log_decay: Array, state: Array, ids: Array | None
+) -> tuple[Array, Array]:
+    """`run(*keyed, v, log_decay, state, ids)` on whole blocks of tokens and channels, its output and final
+    state cut back; `keyed` are arrays `[B,T,G,K]`, some of them None."""
+    length, keys, values = v.shape[1], state.shape[2], v.shape[3]
+    tokens, wide, high = up_to(length, BLOCK), up_to(keys, BLOCK), up_to(values, BLOCK)
+    keyed = [None if x is None else padded(x, tokens, wide) for x in keyed]
+    log_decay = padded(log_decay, tokens, None if log_decay.shape[3] == 1 else wide)
+    state = jnp.pad(state.astype(F32), ((0, 0), (0, 0), (0, wide - keys), (0, high - values)))
+    if ids is not None:
+        ids = jnp.pad(ids, ((0, 0), (0, tokens - length)), mode="edge")
+    out, state = run(*keyed, padded(v, tokens, high), log_decay, state, ids)
+    return out[:, :length, :, :values], state[:, :, :keys, :values]
 
 
 def summed_heads(x: Array, like: Array) -> Array:

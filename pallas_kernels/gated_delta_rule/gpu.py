@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels.gpu_channel_gradients import Cotangents, pair_gradients, score_gradients
+from pallas_kernels.gpu_channel_gradients import Cotangents, score_gradients
 from pallas_kernels.gpu_channels import Reader, score
 from pallas_kernels.gpu_chunk_work import Form
 from pallas_kernels.gpu_chunks import Operands, attend, flipped, leaving
@@ -25,7 +25,8 @@ from pallas_kernels.gpu_decay import (
     summed_after,
 )
 from pallas_kernels.gpu_delta import correction_gradients, corrections, inverses
-from pallas_kernels.gpu_math import BLOCK, F32, padded, part_count, parts_of, up_to
+from pallas_kernels.gpu_math import F32, on_blocks, part_count, parts_of
+from pallas_kernels.gpu_pair_gradients import pair_gradients
 
 
 class _Tokens(NamedTuple):
@@ -48,22 +49,22 @@ def _shape(v: Array) -> tuple[int, int, int]:
 
 
 @jax.custom_vjp
-def _by_head(q, k, v, p, log_decay, state, ids):
-    return _head_fwd(q, k, v, p, log_decay, state, ids)[0]
+def _by_head(q, k, p, v, log_decay, state, ids):
+    return _head_fwd(q, k, p, v, log_decay, state, ids)[0]
 
 
-def _head_fwd(q, k, v, p, log_decay, state, ids):
+def _head_fwd(q, k, p, v, log_decay, state, ids):
     query, key, value, recall, marks = _tokens(q, k, v, p, ids)
     common = {"total": running_sums(log_decay), "marks": marks}
     inverse = inverses(_shape(v), v.dtype, recall=recall, key=key, **common)
     delta = corrections(Operands(recall, key, value, **common), inverse, state, v.dtype).out
     written = parts_of(delta, len(value))
     results = attend(Operands(query, key, written, **common), state, Form(dtype=v.dtype))
-    return (results.out, results.final), (q, k, v, p, log_decay, state, ids, inverse, delta)
+    return (results.out, results.final), (q, k, p, v, log_decay, state, ids, inverse, delta)
 
 
 def _head_bwd(saved, cotangents):
-    q, k, v, p, log_decay, state, ids, inverse, delta = saved
+    q, k, p, v, log_decay, state, ids, inverse, delta = saved
     dout, dfinal = cotangents
     query, key, value, recall, marks = _tokens(q, k, v, p, ids)
     parts = partial(parts_of, count=len(value))
@@ -82,56 +83,57 @@ def _head_bwd(saved, cotangents):
     own = dq.dots + dp.dots - read.dots - recalled.dots
     dg = decay_gradient(summed_after(own, marks)[..., None], leaving(dq), read.kept + recalled.kept, marks)
     dg = jnp.moveaxis(dg, 2, 1).astype(log_decay.dtype)
-    return dq.out, (read.out + recalled.out).astype(k.dtype), dv.out, dp.out, dg, dv.final, None
+    return dq.out, (read.out + recalled.out).astype(k.dtype), dp.out, dv.out, dg, dv.final, None
 
 
 _by_head.defvjp(_head_fwd, _head_bwd)
 
 
 @jax.custom_vjp
-def _by_channel(q, k, v, p, log_decay, state, ids):
-    return _channel_fwd(q, k, v, p, log_decay, state, ids)[0]
+def _by_channel(q, k, p, v, log_decay, state, ids):
+    return _channel_fwd(q, k, p, v, log_decay, state, ids)[0]
 
 
-def _channel_fwd(q, k, v, p, log_decay, state, ids):
+def _channel_fwd(q, k, p, v, log_decay, state, ids):
     query, key, value, recall, marks = _tokens(q, k, v, p, ids)
-    scored = score([Reader(query), Reader(recall, True)], key, decay_parts(log_decay, v.dtype), marks)
+    scored = score([Reader(query), Reader(recall, True)], [key], decay_parts(log_decay, v.dtype), marks)
     keep = kept_by_chunks(log_decay, marks)
     inverse = inverses(_shape(v), v.dtype, pairs=scored.pairs[1])
     late, late_recall = scored.queries
-    delta = corrections(Operands(late_recall, scored.key, value, keep=keep), inverse, state, v.dtype).out
+    delta = corrections(Operands(late_recall, scored.keys[0], value, keep=keep), inverse, state, v.dtype).out
     written = parts_of(delta, len(value))
-    operands = Operands(late, scored.key, written, keep=keep, pairs=scored.pairs[0])
+    operands = Operands(late, scored.keys[0], written, keep=keep, pairs=scored.pairs[0])
     results = attend(operands, state, Form(dtype=v.dtype))
     scored = scored._replace(pairs=scored.pairs[:1])
-    return (results.out, results.final), (q, k, v, p, log_decay, state, ids, scored, inverse, delta)
+    return (results.out, results.final), (q, k, p, v, log_decay, state, ids, scored, inverse, delta)
 
 
 def _channel_bwd(saved, cotangents):
-    q, k, v, p, log_decay, state, ids, scored, inverse, delta = saved
+    q, k, p, v, log_decay, state, ids, scored, inverse, delta = saved
     dout, dfinal = cotangents
     query, key, value, recall, marks = _tokens(q, k, v, p, ids)
     parts, keep = partial(parts_of, count=len(value)), kept_by_chunks(log_decay, marks)
     written, back = parts(delta), parts(dout.astype(v.dtype))
     late, late_recall = scored.queries
-    for_dv = Operands(scored.key, late, back, keep=keep, pairs=scored.pairs[0])
+    for_dv = Operands(scored.keys[0], late, back, keep=keep, pairs=scored.pairs[0])
     dv = correction_gradients(for_dv, inverse, late_recall, dfinal, v.dtype)
     less = parts(-dv.out)
     forward = Form(kept=True, keep_columns=True)
     reverse, start, end = forward._replace(reverse=True), flipped(state), flipped(dfinal)
-    dq = attend(Operands(back, written, scored.key, keep=keep), start, forward)
-    dp = attend(Operands(less, written, scored.key, keep=keep), start, forward._replace(kept=False))
+    dq = attend(Operands(back, written, scored.keys[0], keep=keep), start, forward)
+    dp = attend(Operands(less, written, scored.keys[0], keep=keep), start, forward._replace(kept=False))
     read = attend(Operands(written, back, late, keep=keep), end, reverse)
     recalled = attend(Operands(written, less, late_recall, keep=keep), jnp.zeros_like(end), reverse)
     decay = decay_parts(log_decay, v.dtype)
-    of_read = Cotangents(pair_gradients(back, written, marks), dq.out, read.out)
-    of_recalled = Cotangents(pair_gradients(less, written, marks), dp.out, recalled.out)
-    one = score_gradients(Reader(query), key, decay, marks, of_read, (q.dtype, F32))
-    two = score_gradients(Reader(recall, True), key, decay, marks, of_recalled, (p.dtype, F32))
+    of_read = Cotangents([pair_gradients(back, written, marks)], dq.out, [read.out])
+    of_recalled = Cotangents([pair_gradients(less, written, marks)], dp.out, [recalled.out])
+    one = score_gradients(Reader(query), [key], decay, marks, of_read, (q.dtype, F32))
+    two = score_gradients(Reader(recall, True), [key], decay, marks, of_recalled, (p.dtype, F32))
     own = jnp.moveaxis(one.decay + two.decay, 2, 1)
     dg = decay_gradient(own, leaving(dq), read.kept + recalled.kept, marks)
     dg = jnp.moveaxis(dg, 2, 1).astype(log_decay.dtype)
-    return one.query, (one.key + two.key).astype(k.dtype), dv.out, two.query, dg, dv.final, None
+    dk = (one.keys[0] + two.keys[0]).astype(k.dtype)
+    return one.query, dk, two.query, dv.out, dg, dv.final, None
 
 
 _by_channel.defvjp(_channel_fwd, _channel_bwd)
@@ -153,14 +155,5 @@ def refusal(q, k, v, p, log_decay, state, segment_ids=None) -> str | None:
 
 def gated_delta_rule(q, k, v, p, log_decay, state, segment_ids=None):
     """Arguments as in `api.py`, decay `[B,T,H,K or 1]`. Channels are padded to multiples of 64."""
-    length, keys, values = v.shape[1], q.shape[3], v.shape[3]
-    tokens, wide, high = up_to(length, BLOCK), up_to(keys, BLOCK), up_to(values, BLOCK)
-    q, k, p = (padded(x, tokens, wide) for x in (q, k, p))
-    v, state = padded(v, tokens, high), state.astype(F32)
-    state = jnp.pad(state, ((0, 0), (0, 0), (0, wide - keys), (0, high - values)))
-    if segment_ids is not None:
-        segment_ids = jnp.pad(segment_ids, ((0, 0), (0, tokens - length)), mode="edge")
-    by_head = log_decay.shape[3] == 1
-    log_decay = padded(log_decay, tokens, None if by_head else wide)
-    out, state = (_by_head if by_head else _by_channel)(q, k, v, p, log_decay, state, segment_ids)
-    return out[:, :length, :, :values], state[:, :, :keys, :values]
+    run = _by_head if log_decay.shape[3] == 1 else _by_channel
+    return on_blocks(run, (q, k, p), v, log_decay, state, segment_ids)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels.gpu_channel_gradients import Cotangents, pair_gradients, score_gradients
+from pallas_kernels.gpu_channel_gradients import Cotangents, score_gradients
 from pallas_kernels.gpu_channels import Reader, score
 from pallas_kernels.gpu_chunk_work import Form
 from pallas_kernels.gpu_chunks import Operands, attend, flipped, leaving
@@ -25,15 +25,13 @@ from pallas_kernels.gpu_decay import (
     summed_after,
 )
 from pallas_kernels.gpu_math import (
-    BLOCK,
-    F32,
-    padded,
+    on_blocks,
     part_count,
     parts_of,
     shared_dtype,
     summed_heads,
-    up_to,
 )
+from pallas_kernels.gpu_pair_gradients import pair_gradients
 
 
 class _Tokens(NamedTuple):
@@ -88,9 +86,9 @@ def _by_channel(q, k, v, log_decay, state, ids):
 
 def _channel_fwd(q, k, v, log_decay, state, ids):
     query, key, value, marks = _tokens(q, k, v, ids)
-    scored = score([Reader(query)], key, decay_parts(log_decay, v.dtype), marks)
+    scored = score([Reader(query)], [key], decay_parts(log_decay, v.dtype), marks)
     keep = kept_by_chunks(log_decay, marks)
-    operands = Operands(scored.queries[0], scored.key, value, keep=keep, pairs=scored.pairs[0])
+    operands = Operands(scored.queries[0], scored.keys[0], value, keep=keep, pairs=scored.pairs[0])
     results = attend(operands, state, Form(dtype=v.dtype))
     return (results.out, results.final), (q, k, v, log_decay, state, ids, scored)
 
@@ -100,19 +98,19 @@ def _channel_bwd(saved, cotangents):
     dout, dfinal = cotangents
     query, key, value, marks = _tokens(q, k, v, ids)
     back, keep = parts_of(dout.astype(v.dtype), len(value)), kept_by_chunks(log_decay, marks)
-    [late], early = scored.queries, scored.key
+    [late], early = scored.queries, scored.keys[0]
     for_dv = Operands(early, late, back, keep=keep, pairs=scored.pairs[0])
     dv = attend(for_dv, dfinal, Form(reverse=True, dtype=v.dtype))
     through = Form(kept=True, keep_columns=True)
     dq = attend(Operands(back, value, early, keep=keep), flipped(state), through)
     dk = attend(Operands(value, back, late, keep=keep), flipped(dfinal), through._replace(reverse=True))
-    cotangents = Cotangents(pair_gradients(back, value, marks), dq.out, dk.out)
-    dtypes = [shared_dtype(q, v.shape[2])] * 2
+    cotangents = Cotangents([pair_gradients(back, value, marks)], dq.out, [dk.out])
+    dtype = shared_dtype(q, v.shape[2])
     decay = decay_parts(log_decay, v.dtype)
-    own = score_gradients(Reader(query), key, decay, marks, cotangents, dtypes)
+    own = score_gradients(Reader(query), [key], decay, marks, cotangents, (dtype, dtype))
     dg = decay_gradient(jnp.moveaxis(own.decay, 2, 1), leaving(dq), dk.kept, marks)
     dg = jnp.moveaxis(dg, 2, 1).astype(log_decay.dtype)
-    return summed_heads(own.query, q), summed_heads(own.key, k), dv.out, dg, dv.final, None
+    return summed_heads(own.query, q), summed_heads(own.keys[0], k), dv.out, dg, dv.final, None
 
 
 _by_channel.defvjp(_channel_fwd, _channel_bwd)
@@ -129,13 +127,5 @@ def refusal(q, k, v, log_decay, state, segment_ids=None) -> str | None:
 
 def gated_linear_attention(q, k, v, log_decay, state, segment_ids=None):
     """`q, k` may have fewer heads than `v`; decay `[B,T,H,K or 1]`. Pads channels to multiples of 64."""
-    length, keys, values = v.shape[1], q.shape[3], v.shape[3]
-    tokens, wide, high = up_to(length, BLOCK), up_to(keys, BLOCK), up_to(values, BLOCK)
-    q, k, v = padded(q, tokens, wide), padded(k, tokens, wide), padded(v, tokens, high)
-    state = jnp.pad(state.astype(F32), ((0, 0), (0, 0), (0, wide - keys), (0, high - values)))
-    if segment_ids is not None:
-        segment_ids = jnp.pad(segment_ids, ((0, 0), (0, tokens - length)), mode="edge")
-    log_decay = padded(log_decay, tokens, None if log_decay.shape[3] == 1 else wide)
     run = _by_head if log_decay.shape[3] == 1 else _by_channel
-    out, state = run(q, k, v, log_decay, state, segment_ids)
-    return out[:, :length, :, :values], state[:, :, :keys, :values]
+    return on_blocks(run, (q, k), v, log_decay, state, segment_ids)

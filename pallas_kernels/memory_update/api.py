@@ -17,7 +17,6 @@ from pallas_kernels.orthogonal import flops as orthogonal_flops
 from pallas_kernels.phases import BLOCK, Group
 
 
-
 def _widened(run: Callable) -> Callable:
     """`run` with q, k and v in the dtype of the gates: that of the sums."""
 

@@ -33,6 +33,11 @@ class Rule:
     floor: float  # of the norm that it divides by
 
 
+def square(error: Array, threshold: Array | None) -> Array:
+    """The loss of an error `[...,V]`, for `Rule.loss`."""
+    return jnp.sum(error**2, -1)
+
+
 class Tokens(NamedTuple):
     """The streams `[B,T,H,.]` and gates `[B,T,H]`; None where the rule has none."""
 

@@ -14,8 +14,8 @@ from jax import Array
 
 from pallas_kernels.chunks import chunk_length
 from pallas_kernels.memory_update.memory import Memory, Rule, affine, head
-from pallas_kernels.memory_update.xla import Keys, Layer, Linear, coefficients, gradients, linear, linear_read
-from pallas_kernels.phases import plan
+from pallas_kernels.memory_update.passes import passes
+from pallas_kernels.memory_update.xla import Keys, Layer, Linear, gradients, linear_read
 from pallas_kernels.tpu_chunks import cut, join, scan_chunks
 from pallas_kernels.tpu_math import F32, column, row
 
@@ -92,18 +92,9 @@ def _marks(steps) -> tuple:
 
 def memory_update(fresh, tokens, norm, memory, segment_ids, rule: Rule):
     """Block by block; `fresh` is the memory at the start of a document, `memory` the carried one or None."""
-    batch, length = tokens.q.shape[:2]
+    length = tokens.q.shape[1]
     block = chunk_length(length, min(rule.chunk, BLOCK), min(rule.chunk, 8))
-    steps = plan(length, block, rule.chunk, batch, None if memory is None else memory.phase, segment_ids)
-
-    def of_gates(gates, group):
-        return linear(coefficients(fresh, tokens._replace(q=None, k=None, v=None, **gates), group, rule))
-
-    gates = {name: x for name, x in tokens._asdict().items() if name not in "qkv" and x is not None}
-    gates = {
-        name: jnp.moveaxis(cut(x[..., None].astype(F32), block)[..., 0], 2, 0) for name, x in gates.items()
-    }
-    c = jax.vmap(jax.vmap(of_gates, (None, 0)), (0, 0))(gates, steps.groups)
+    steps, c = passes(fresh, memory, tokens, segment_ids, rule, block)
     streams = (*(cut(x, block) for x in tokens[:3]), _streams(c))
     initial = tuple(w[0].astype(F32) for w in fresh.weights)
     shared = initial, None if norm is None else tuple(x[:, None].astype(F32) for x in norm)
