@@ -29,7 +29,7 @@ from experiments.cells import Cell, outcome
 from experiments.config import Run
 from experiments.grid import Point, axis, product
 from experiments.overrides import override, replaced
-from experiments.report_numbers import spread
+from experiments.reports.numbers import spread
 from experiments.sweep import train_all
 from layers.checks import require, require_choice
 
@@ -127,7 +127,7 @@ def compare(
     Returns arms by label. `workers` as in `experiments.sweep`. KeyboardInterrupt when a signal stopped it,
     with checkpoints written.
     """
-    from experiments import compare_report
+    from experiments.reports import comparison as report
 
     train_all(comparison.cells, home, workers=workers, cores=comparison.cores, progress=progress)
     arms = {label: _arm(comparison, label, home) for label, _ in comparison.runs}
@@ -139,7 +139,7 @@ def compare(
             ]
             arm.speed = measure.speed(arm.directories[0], arm.run)
             _link(home / arm.label, arm.directories[0])
-    compare_report.write(comparison, arms, home)
+    report.write(comparison, arms, home)
     return arms
 
 

@@ -20,12 +20,19 @@ NO_KERNEL = "none"
 YES = "yes"
 
 
-def record(covered: Collection[tuple[str, str]], results: Path = RESULTS) -> None:
-    """Write down the (op, platform) whose values and gradients were right in an interpreter."""
+def record(
+    confirmed: Collection[tuple[str, str]], ran: Collection[tuple[str, str]], results: Path = RESULTS
+) -> None:
+    """Write down the (op, platform) whose values and gradients were right in an interpreter.
+
+    Of those that did not run, what was known stays.
+    """
+    before = {(row["op"], row["platform"]) for row in _rows(results / INTERPRETED)}
+    known = before - set(ran) | set(confirmed)
     with (results / INTERPRETED).open("w", newline="") as stream:
         writer = csv.writer(stream)
         writer.writerow(("op", "platform"))
-        writer.writerows(sorted(covered))
+        writer.writerows(sorted(known))
 
 
 def _rows(path: Path) -> list[dict]:

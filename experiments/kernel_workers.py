@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import IO, Any, cast
 
-PATIENCE = 240.0  # seconds for one answer
+PATIENCE = 480.0  # seconds for one answer; on idle cores the longest takes a tenth of it
 
 
 def one_line(error: BaseException) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from experiments import overrides, timing
 from experiments.compare import Arm, Comparison, compare
-from experiments.report_numbers import spread
+from experiments.reports.numbers import spread
 from experiments.sweep import write_rows
 from layers.checks import require
 

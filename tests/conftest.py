@@ -69,7 +69,7 @@ def pytest_sessionfinish(session, exitstatus):
 
         from experiments import kernel_matrix
 
-        kernel_matrix.record(kernels.confirmed)
+        kernel_matrix.record(kernels.confirmed, kernels.ran)
 
 
 def row_of(nodeid):

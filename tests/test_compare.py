@@ -8,10 +8,11 @@ import re
 import pytest
 from test_sweep import DATA, run
 
-from experiments import compare, compare_report, config, measure
+from experiments import compare, config, measure
 from experiments.budget import Budget
 from experiments.cells import Cell, prepare
 from experiments.compare import Comparison
+from experiments.reports import comparison as comparison_report
 
 
 def comparison(**settings):
@@ -115,7 +116,7 @@ def test_tables_and_report_say_how_it_was_made(tmp_path, in_words):
 
 def test_losses_are_of_the_first_step_and_of_the_last_twenty(tmp_path, in_words):
     arms = compare.compare(comparison(), tmp_path, progress=False)
-    first, last = compare_report.losses(arms["gru"])
+    first, last = comparison_report.losses(arms["gru"])
     assert first == 4
     assert last == pytest.approx(4 - 0.05 * (20 + 39) / 2)
 

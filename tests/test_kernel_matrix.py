@@ -37,6 +37,13 @@ def test_without_records_all_is_blank(both, tmp_path):
     assert cells(tmp_path, "dplr")[0]["TPU, interpreted"] == "none"
 
 
+def test_a_record_replaces_what_ran_and_keeps_the_rest(tmp_path):
+    kernel_matrix.record({("a", "gpu"), ("b", "gpu")}, {("a", "gpu"), ("b", "gpu")}, tmp_path)
+    kernel_matrix.record({("c", "gpu")}, {("b", "gpu"), ("c", "gpu")}, tmp_path)
+    text = (tmp_path / kernel_matrix.INTERPRETED).read_text()
+    assert text.split() == ["op,platform", "a,gpu", "c,gpu"]
+
+
 def write_compiled(path, *outcomes):
     with path.open("w", newline="") as stream:
         writer = csv.writer(stream)
@@ -45,7 +52,7 @@ def write_compiled(path, *outcomes):
 
 
 def test_records_fill_their_cells(both, tmp_path):
-    kernel_matrix.record({("gated_delta_rule", "gpu")}, tmp_path)
+    kernel_matrix.record({("gated_delta_rule", "gpu")}, {("gated_delta_rule", "gpu")}, tmp_path)
     scalar, channel = (f"gated_delta_rule, {kind} decay" for kind in ("scalar", "channel"))
     write_compiled(
         tmp_path / "kernels_static.csv",

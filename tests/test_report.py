@@ -17,8 +17,12 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure as Drawing
 from PIL import Image
 
-from experiments import report, report_axes, report_colours, report_figures, report_numbers
-from experiments.report import Cell, Column, Details, Facts, Figure, Prose, Section, Table
+from experiments.reports import axes as report_axes
+from experiments.reports import colours as report_colours
+from experiments.reports import figures as report_figures
+from experiments.reports import numbers as report_numbers
+from experiments.reports import page as report
+from experiments.reports.page import Cell, Column, Details, Facts, Figure, Prose, Section, Table
 
 HOSTILE = "</script><script>window.bad = 1</script><img src=x onerror=bad()> \"'&$a_{$ \x07"
 LONG = "a_name_without_end" * 5

@@ -10,12 +10,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table as Grid
 
-from experiments import compare, report, report_figures, timing
+from experiments import compare, timing
 from experiments.cells import outcome
 from experiments.compare import Arm, Comparison
 from experiments.config import to_dict
-from experiments.report import Column, Details, Facts, Section, Table, measured
-from experiments.report_numbers import amount, number, spread
+from experiments.reports import figures, page
+from experiments.reports.numbers import amount, number, spread
+from experiments.reports.page import Column, Details, Facts, Section, Table, measured
 from experiments.sweep import row_of, write_rows
 
 LAST_STEPS = 20  # over which the last training loss is a mean
@@ -35,7 +36,7 @@ def write(comparison: Comparison, arms: dict[str, Arm], home: Path) -> None:
     write_rows(cells, home / "cells.csv")
     write_rows([_numbers(arm, comparison) for arm in arms.values()], home / "results.csv")
     (home / "results.md").write_text(markdown(comparison, arms))
-    report.write(home / "report.html", comparison.title, sections(comparison, arms), lead=_lead(comparison))
+    page.write(home / "report.html", comparison.title, sections(comparison, arms), lead=_lead(comparison))
     # Into a file or a pipe the table goes at its full width.
     console = Console(width=None if sys.stdout.isatty() else 160)
     console.print(_grid(comparison, arms))
@@ -128,7 +129,7 @@ def _texts(comparison: Comparison, arms: dict[str, Arm]) -> list[list[str]]:
     columns = _columns(comparison)
 
     def text(column: Column, value: Any) -> str:
-        return value.text if isinstance(value, report.Cell) else column.text(value)
+        return value.text if isinstance(value, page.Cell) else column.text(value)
 
     rows = [_row(arm, comparison) for arm in arms.values()]
     return [[text(c, v) for c, v in zip(columns, row, strict=True)] for row in rows]
@@ -217,14 +218,14 @@ def _facts(comparison: Comparison, arms: dict[str, Arm]) -> Facts:
 
 
 def _quality(comparison: Comparison, arms: dict[str, Arm]) -> list[Any]:
-    look, name = report_figures.styles(list(arms)), comparison.select
+    look, name = figures.styles(list(arms)), comparison.select
     # Bits of a loss are better when they are fewer: figures of quality then show the accuracy.
     quality = "accuracy" if name == "loss" else name
     level = compare.chance(comparison)
     states = {label: [(arm.costs.state_bytes, arm.values(quality, "test"))] for label, arm in arms.items()}
     parts: list[Any] = [
-        report_figures.loss_curves({label: arm.curves() for label, arm in arms.items()}, styles=look),
-        report_figures.quality_against_state(states, quality=quality, chance=level, styles=look),
+        figures.loss_curves({label: arm.curves() for label, arm in arms.items()}, styles=look),
+        figures.quality_against_state(states, quality=quality, chance=level, styles=look),
     ]
     lengths = _lengths(comparison)
     if len({length for _, length in lengths}) > 1:
@@ -233,7 +234,7 @@ def _quality(comparison: Comparison, arms: dict[str, Arm]) -> list[Any]:
             for label, arm in arms.items()
         }
         parts.append(
-            report_figures.quality_against_length(
+            figures.quality_against_length(
                 along, trained=lengths[0][1], quality=quality, chance=level, styles=look
             )
         )
@@ -247,7 +248,7 @@ def _lengths(comparison: Comparison) -> list[tuple[str, int]]:
 
 
 def _speed(arms: dict[str, Arm]) -> list[Any]:
-    look = report_figures.styles(list(arms))
+    look = figures.styles(list(arms))
     parts: list[Any] = [
         "One model after the other, when all training was over: the median of repeated calls on this machine."
     ]
@@ -255,9 +256,7 @@ def _speed(arms: dict[str, Arm]) -> list[Any]:
         values = {label: [arm.speed.get(name)] for label, arm in arms.items()}
         if any(value is not None for of in values.values() for value in of):
             form = (lambda x: amount(x)) if unit == "bytes" else number
-            parts.append(
-                report_figures.bars(values, title=title, unit=unit, best=best, form=form, styles=look)
-            )
+            parts.append(figures.bars(values, title=title, unit=unit, best=best, form=form, styles=look))
     return parts
 
 

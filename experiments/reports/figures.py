@@ -14,8 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from experiments.report import Cell, Column, Figure, Table, measured
-from experiments.report_axes import (
+from experiments.reports.axes import (
     SIZE,
     Spread,
     Style,
@@ -34,8 +33,9 @@ from experiments.report_axes import (
     styles,
     ticks,
 )
-from experiments.report_numbers import amount, number, plus_minus, spread
-from experiments.report_svg import Mark
+from experiments.reports.numbers import amount, number, plus_minus, spread
+from experiments.reports.page import Cell, Column, Figure, Table, measured
+from experiments.reports.svg import Mark
 from layers.checks import require
 
 BINS = 40  # points of a training curve

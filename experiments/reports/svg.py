@@ -17,7 +17,7 @@ from matplotlib.container import BarContainer
 from matplotlib.figure import Figure
 from matplotlib.markers import MarkerStyle
 
-from experiments.report_colours import DARK, LIGHT, adapted
+from experiments.reports.colours import DARK, LIGHT, adapted
 
 POINTS_OF_A_LINE = 60  # that can be read, where no marks are given
 WIDE = 7.0  # inches: wider figures get the whole width of the page

@@ -2,7 +2,7 @@
 
     write(path, "Recall at equal parameters", [
         Section("Result", [Facts([("best", "attention", "0.997")]), Table(("model", "accuracy"), rows)]),
-        Section("Curves", [report_figures.loss_curves(curves)]),
+        Section("Curves", [figures.loss_curves(curves)]),
     ])
 
 A section is a heading over parts: `Prose` (or plain text), `Facts`, `Table`, `Figure`, `Details`. What is
@@ -29,9 +29,9 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from experiments import report_svg
-from experiments.report_numbers import amount as amount
-from experiments.report_numbers import formatted, number, plus_minus, spread
+from experiments.reports import svg
+from experiments.reports.numbers import amount as amount
+from experiments.reports.numbers import formatted, number, plus_minus, spread
 from layers.checks import require
 
 if TYPE_CHECKING:
@@ -124,8 +124,8 @@ class Figure:
     drawing: "Drawing"
     title: str
     description: str
-    marks: Sequence[report_svg.Mark] | None = None
-    keys: Sequence[report_svg.Key] = ()
+    marks: Sequence[svg.Mark] | None = None
+    keys: Sequence[svg.Key] = ()
     data: Table | None = None
 
 
@@ -162,7 +162,7 @@ def render(
     title: str, sections: Sequence[Section], *, lead: str = "", made: Mapping[str, str] | None = None
 ) -> str:
     """The page that `write` writes."""
-    pictures = report_svg.Pictures()
+    pictures = svg.Pictures()
     shown = [
         {
             "id": f"section-{i}",
@@ -215,13 +215,13 @@ def _is_number(value: Any) -> bool:
 
 @cache
 def _asset(name: str) -> str:
-    return (resources.files("experiments") / "templates" / name).read_text(encoding="utf-8")
+    return (resources.files("experiments.reports") / "templates" / name).read_text(encoding="utf-8")
 
 
 @cache
 def _environment() -> Environment:
     return Environment(
-        loader=PackageLoader("experiments"),
+        loader=PackageLoader("experiments.reports"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -229,7 +229,7 @@ def _environment() -> Environment:
     )
 
 
-def _shown(part: Any, pictures: report_svg.Pictures) -> dict:
+def _shown(part: Any, pictures: svg.Pictures) -> dict:
     """What the template shows of a part."""
     match part:
         case str() | Prose():

@@ -14,9 +14,9 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure as Drawing
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-from experiments.report_colours import PALETTE
-from experiments.report_numbers import amount
-from experiments.report_svg import Key
+from experiments.reports.colours import PALETTE
+from experiments.reports.numbers import amount
+from experiments.reports.svg import Key
 
 # Seven colours, nine markers: 63 labels before a pair comes again, 28 before colour and dashes do.
 COLOURS = tuple(PALETTE)
