@@ -134,12 +134,10 @@ class Desk:
         at = (first + tile * parts + part) * self._columns
         return self._scratch["pool"].at[nothing()].at[:, pl.ds(at, width)]
 
-    def parts(self, name: str, tile: int = 0, count: int = PARTS) -> list:
-        """`[64,C]` each."""
+    def parts(self, name: str, tile: int = 0, count: int = PARTS) -> list:  # [64,C] each
         return [self._view(name, tile, part, self._columns) for part in range(count)]
 
-    def tokens(self, name: str, tile: int = 0, count: int = PARTS) -> list:
-        """`[C,64]` each."""
+    def tokens(self, name: str, tile: int = 0, count: int = PARTS) -> list:  # [C,64] each
         return [ref.transpose((1, 0)) for ref in self.parts(name, tile, count)]
 
     def _windows(self, name: str, tile: int, count: int) -> list:
@@ -149,9 +147,9 @@ class Desk:
     def write(self, **stacks: tuple[Stack, int] | Stack) -> None:
         """Stacks to be found under their names, in so many parts."""
         for name, stack in stacks.items():
-            tiles, count = stack if isinstance(stack, tuple) else (stack, PARTS)
+            tiles, parts = stack if isinstance(stack, tuple) else (stack, PARTS)
             for n, value in enumerate(tiles):
-                put(self.parts(name, n, count), value)
+                put(self.parts(name, n, parts), value)
         plgpu.commit_smem()
 
     def read(self, name: str, tiles: int, count: int = PARTS) -> Stack:
@@ -214,8 +212,8 @@ class Desk:
         """`W x` of a stack x."""
         stack: dict[int, Array] = {}
         for o, i in network.blocks(layer):
-            term = self.times(matrix.load(o, i), self.parts(name, i, count))
-            stack[o] = stack[o] + term if o in stack else term
+            own = self.times(matrix.load(o, i), self.parts(name, i, count))
+            stack[o] = stack[o] + own if o in stack else own
         return list(stack.values())
 
     def back(self, matrix: Matrix, name: str, network: Network, layer: int) -> Stack:
