@@ -302,7 +302,10 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError, RuntimeError, ModuleNotFoundError) as error:
         if not _users(error):
             raise
-        print(f"zoo: {' '.join(str(error).split())}", file=sys.stderr)
+        text = str(error)
+        if isinstance(error, OSError) and error.filename and error.strerror:
+            text = f"{error.filename}: {error.strerror.lower()}"
+        print(f"zoo: {' '.join(text.split())}", file=sys.stderr)
         return 2
 
 

@@ -136,6 +136,7 @@ def test_overrides_reach_nested_fields_and_every_run():
         (["train", "text", "--model.vocab_size=100"], "vocab_size=100"),
         (["train", "text", "--data.path=missing.txt"], "missing.txt"),
         (["train", "text", "oops"], "unexpected 'oops'"),
+        (["fit", "nothing.csv"], "nothing.csv: no such file or directory"),
         (["eval", "nowhere"], "nowhere is not the directory of a run"),
         (["generate", "nowhere", "--prompt", "x"], "nowhere is not the directory of a run"),
     ],
