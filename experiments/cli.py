@@ -226,7 +226,7 @@ def _parser() -> argparse.ArgumentParser:
     scaling.add_arguments(sub)
 
     sub = verbs.add_parser("reproduce", help="train published findings again and hold them against claims")
-    sub.add_argument("tier", metavar="TIER", help="cpu: under an hour on two cores")
+    sub.add_argument("tier", metavar="TIER", help="cpu (for two cores) or gpu")
     sub.add_argument("--only", metavar="FINDING", help="one of them")
     sub.add_argument("--out", metavar="DIR", help="directory of the results (default runs/reproduce)")
     sub.add_argument("--workers", type=int, metavar="N", help="as of compare")
@@ -299,6 +299,9 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("zoo: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # whoever read our output has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except (ValueError, OSError, RuntimeError, ModuleNotFoundError) as error:
         if not _users(error):
             raise

@@ -19,6 +19,7 @@ from layers.checks import require
 
 TIERS = {
     "cpu": ("mqar_mini", "parity", "swaps", "induction", "mnist1d", "selective_copying"),
+    "gpu": ("induction_long",),
 }
 Arms = dict[str, Arm]
 

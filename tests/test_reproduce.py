@@ -67,7 +67,7 @@ def test_claims_that_fail_stand_in_the_table(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["abacus"], "no tier 'abacus'; choose from cpu"),
+        (["abacus"], "no tier 'abacus'; choose from cpu, gpu"),
         (["cpu", "--only", "luck"], "no finding 'luck' in tier cpu; choose from mqar_mini"),
     ],
 )
