@@ -54,10 +54,16 @@ def build(data: Any):
 
 
 def costs(run: Run) -> Costs:
-    """From the config, the shape of its first batch, and nothing that was trained."""
+    """From the config, the shapes of its batches (the first one's, or those that the source calls `alike`),
+    and nothing that was trained."""
     model, module = run.model, model_module(run.model)
-    batch = build(run.data).batch(run.seed, 0, run.batch_size)
-    inputs = batch["tokens"] if "tokens" in batch else batch["inputs"]
+    source, tokens, flops = build(run.data), 0, 0.0
+    alike = getattr(source, "alike", lambda seed, steps, size: [(steps, 0)])
+    for count, step in alike(run.seed, run.steps, run.batch_size):
+        batch = source.batch(run.seed, step, run.batch_size)
+        inputs = batch["tokens"] if "tokens" in batch else batch["inputs"]
+        tokens += count * inputs.shape[0] * inputs.shape[1]
+        flops += count * train_flops(model, batch)
     params = module.param_count(model)
     active = lm.active_param_count(model) if module is lm else params
     return Costs(
@@ -65,8 +71,8 @@ def costs(run: Run) -> Costs:
         inner_params=params - _outer_params(model),
         active_params=active,
         state_bytes=module.state_bytes(model),
-        tokens=run.steps * inputs.shape[0] * inputs.shape[1],
-        flops=run.steps * train_flops(model, batch),
+        tokens=tokens,
+        flops=flops,
     )
 
 

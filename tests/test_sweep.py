@@ -17,6 +17,7 @@ from experiments.cells import Cell
 from experiments.config import Optimizer, Run
 from experiments.sweep import Sweep, sweep
 from experiments.tasks.recall import RecallData
+from experiments.tasks.recall_mixture import RecallMixture
 from zoo import lm
 
 DATA = RecallData(vocab_size=34, length=16, pairs=2, train_examples=64, eval_examples=16)
@@ -91,6 +92,15 @@ def test_costs_are_those_of_the_config():
     assert spent.tokens == 3 * 4 * 16
     assert spent.inner_params == spent.params - 34 * 8
     assert spent.params == lm.param_count(run().model)
+
+
+def test_a_mixture_costs_what_its_batches_hold():
+    mixture = RecallMixture(vocab_size=66, train=((16, 2, 40), (32, 4, 80)), evaluation=((16, 2, 10),))
+    mixed = dataclasses.replace(run(steps=20), data=mixture)
+    source = mixture.build()
+    tokens = sum(source.batch(0, step, 4)["tokens"].size for step in range(20))
+    assert budget.costs(mixed).tokens == tokens
+    assert 20 * 4 * 16 < tokens < 20 * 4 * 32
 
 
 # Cells

@@ -123,13 +123,23 @@ class RecallMixtureSource:
 
     def batch(self, seed: int, step: int, size: int) -> Batch:
         """Training batch number `step`, of one cell: a pure function of its arguments."""
+        number, within = self._drawn(seed, step, size)
+        return self._train[number].batch(seed, within, size)
+
+    def alike(self, seed: int, steps: int, size: int) -> list[tuple[int, int]]:
+        """Steps whose batches have one shape, as (how many of them, one of them): see `budget.costs`."""
+        cells = [self._drawn(seed, step, size)[0] for step in range(steps)]
+        return [(cells.count(number), cells.index(number)) for number in sorted(set(cells))]
+
+    def _drawn(self, seed: int, step: int, size: int) -> tuple[int, int]:
+        """The cell of a step, and the number of the batch within it."""
         per_epoch = [max(1, examples // size) for _, _, examples in self.cfg.train]
         ends = np.cumsum(per_epoch)
         epoch, place = divmod(step, int(ends[-1]))
         drawn = int(epoch_order(seed, epoch, int(ends[-1]), Stream.MIXTURE)[place])
         number = int(np.searchsorted(ends, drawn, side="right"))
         within = drawn - int(ends[number]) + per_epoch[number]
-        return self._train[number].batch(seed, epoch * per_epoch[number] + within, size)
+        return number, epoch * per_epoch[number] + within
 
     def eval_batches(self, split: str, size: int) -> Iterator[Batch]:
         """The cells of the split one after the other, each filled up to whole batches."""
