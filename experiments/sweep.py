@@ -15,9 +15,12 @@ DIR/timings.csv has the times.
 
 import csv
 import dataclasses
+import signal
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,7 +131,26 @@ def train_all(
         write_json(home / "plan.json", {"cells": addresses})
         count = min(workers or default_workers(cores), len(missing))
         pool = Pool(home, runner, workers=count, cores=cores, retries=retries)
-    _watch(pool, Progress(cells, home, shown=progress))
+    with _interruptible():
+        _watch(pool, Progress(cells, home, shown=progress))
+
+
+@contextmanager
+def _interruptible():
+    """SIGINT and SIGTERM as KeyboardInterrupt, for a process too that began with SIGINT ignored."""
+    if threading.current_thread() is not threading.main_thread():  # only there can signals be received
+        yield
+        return
+
+    def interrupt(number, frame):
+        raise KeyboardInterrupt(signal.Signals(number).name)
+
+    old = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
 
 
 def _watch(pool: Any, screen: Progress) -> None:
