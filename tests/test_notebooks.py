@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import tempfile
 
 import pytest
 
@@ -31,5 +32,5 @@ def test_it_is_valid_and_carries_no_paths_of_a_machine(path):
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
     text = path.read_text()
-    for place in ("/home/", "/root/", "/work/", "/tmp/", "site-packages"):
-        assert place not in text
+    for place in (FOLDER.parent.parent, pathlib.Path.home(), tempfile.gettempdir(), "site-packages"):
+        assert str(place) not in text
