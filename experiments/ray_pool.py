@@ -8,7 +8,7 @@ again there.
 
 import os
 import tempfile
-from collections import deque
+from collections import Counter, deque
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,7 @@ class RayPool:
         actor = ray.remote(_Actor).options(num_cpus=cores, num_gpus=1 if gpus else 0, max_restarts=-1)
         self._actors = [actor.remote(number, cores) for number in range(count)]
         self._running: dict[Any, tuple[Any, Path]] = {}
-        self._deaths: dict[Path, int] = {}
+        self._failures: Counter[Path] = Counter()
         self.interrupted = False
         for one in self._actors:
             self._give(one)
@@ -94,22 +94,20 @@ class RayPool:
             actor, directory = self._running.pop(call)
             try:
                 state, files = self._ray.get(call)
-            except self._ray.exceptions.RayError:
-                # The worker's process or machine died. Where it left no trace, the count is kept here.
-                self._deaths[directory] = self._deaths.get(directory, 0) + 1
-                state, files = "failed" if self._deaths[directory] > 1 + self._retries else "died", {}
+            except self._ray.exceptions.RayError:  # the worker's process or machine died
+                state, files = "failed", {}
             for name, text in files.items():
                 (directory / name).write_text(text)
-            again = state in ("busy", "died", "stopped")
+            again = state in ("busy", "stopped")
             if state == "failed":
-                again = not given_up(directory, self._runner, self._retries) and not self._lost(directory)
+                # Counted here too: a worker that sees another disk, or died, leaves no count on this one.
+                self._failures[directory] += 1
+                tried = self._failures[directory] > self._retries
+                again = not tried and not given_up(directory, self._runner, self._retries)
             if again:
                 self._queue.append(directory)
             self._give(actor)
         return bool(self._running)
-
-    def _lost(self, directory: Path) -> bool:
-        return self._deaths.get(directory, 0) > 1 + self._retries
 
     def stop(self) -> None:
         """No new cells; those under way end as if their machine had gone: their checkpoints stay."""
