@@ -26,7 +26,10 @@ from pallas_kernels.gpu_math import (
     swizzled,
     zeros,
 )
-from pallas_kernels.gpu_stream import Source, call, nothing, stages_for, stream
+from pallas_kernels.gpu_stream import Source, Zero, call, nothing, stages_for, stream
+
+# Channels of keys up to which a column of the state leaves registers for addresses held through a run.
+MOST_HELD = 128
 
 
 class Plan(NamedTuple):
@@ -50,20 +53,20 @@ class Plan(NamedTuple):
         return self.chunks - 1 - i if form.reverse else i
 
 
-def _place(plan: Plan) -> tuple[Array, Array, Array, Array]:
+def _place(plan: Plan, zero: Callable[[], Array]) -> tuple[Array, Array, Array, Array]:
     """Sample, head, columns of v and span of this block; neighbours share q and k."""
-    work, width = lax.axis_index("work") + nothing(), plan.values // BLOCK
+    work, width = lax.axis_index("work") + zero(), plan.values // BLOCK
     row = quotient(work, width)
     batch = quotient(row, plan.heads)
     return batch, row - batch * plan.heads, work - row * width, lax.axis_index("span")
 
 
-def _sources(refs: dict, plan: Plan, form: Form) -> dict:
+def _sources(refs: dict, plan: Plan, form: Form, zero: Callable[[], Array]) -> dict:
     """How each operand is cut into tiles of a chunk."""
 
     def tokens(ref, width: int, own_columns: bool) -> Source:
         def view(i):
-            batch, head, column, span = _place(plan)
+            batch, head, column, span = _place(plan, zero)
             own = quotient(head, plan.heads // ref.shape[2])
             channels = pl.ds(column * BLOCK if own_columns else 0, width)
             return ref.at[batch, pl.ds(plan.chunk(i, span, form) * BLOCK, BLOCK), own, channels]
@@ -72,7 +75,7 @@ def _sources(refs: dict, plan: Plan, form: Form) -> dict:
 
     def pairs(ref) -> Source:
         def view(i):
-            batch, head, _, span = _place(plan)
+            batch, head, _, span = _place(plan, zero)
             return ref.at[batch, head, pl.ds(plan.chunk(i, span, form) * BLOCK, BLOCK)]
 
         return Source(view, (BLOCK, BLOCK), BF16, swizzled(BF16))
@@ -81,7 +84,7 @@ def _sources(refs: dict, plan: Plan, form: Form) -> dict:
         width, own_columns = (BLOCK, True) if form.keep_columns else (plan.keys, False)
 
         def view(i):
-            batch, head, column, span = _place(plan)
+            batch, head, column, span = _place(plan, zero)
             channels = pl.ds(column * BLOCK if own_columns else 0, width)
             return ref.at[batch, head, plan.chunk(i, span, form), channels]
 
@@ -89,14 +92,14 @@ def _sources(refs: dict, plan: Plan, form: Form) -> dict:
 
     def total(ref) -> Source:
         def view(i):
-            batch, head, _, span = _place(plan)
+            batch, head, _, span = _place(plan, zero)
             return ref.at[batch, head, plan.chunk(i, span, form)]
 
         return Source(view, (2, BLOCK), F32)
 
     def marks(ref) -> Source:
         def view(i):
-            batch, _, _, span = _place(plan)
+            batch, _, _, span = _place(plan, zero)
             return ref.at[batch, plan.chunk(i, span, form)]
 
         return Source(view, (4, BLOCK), jnp.int32)
@@ -160,8 +163,15 @@ def _keep_states(ref: Any, plan: Plan, form: Form, state: list[Array], place: tu
 
 def _kernel(refs: dict, outputs: dict, scratch: dict, plan: Plan, form: Form, chunk: Callable) -> None:
     initial = refs.pop("initial", None)
-    sources = _sources(refs, plan, form)
-    batch, head, column, span = _place(plan)
+    if "zero" in scratch:
+        Zero.begin(scratch["zero"])
+    shared = {name: ref for name, ref in scratch.items() if name != "zero"}
+
+    def zero():
+        return Zero(scratch["zero"])() if "zero" in scratch else nothing()
+
+    sources = _sources(refs, plan, form, zero)
+    batch, head, column, span = _place(plan, zero)
     if "numbers" in scratch:
         number(scratch["numbers"])
     if initial is None:
@@ -171,21 +181,20 @@ def _kernel(refs: dict, outputs: dict, scratch: dict, plan: Plan, form: Form, ch
         state = [plgpu.load(block, layout=TILE, optimized=False) for block in blocks]
 
     def step(i, tiles, state):
-        place = _place(plan)
-
         def look():
-            zero = nothing()
-            return tiles(), jax.tree.map(lambda ref: ref.at[zero], scratch)
+            now = zero()
+            return tiles(), jax.tree.map(lambda ref: ref.at[now], shared)
 
         def emit(out, write):
             if out is None:
                 write()
                 plgpu.commit_smem()
             else:
+                place = _place(plan, zero)  # not held since the step began
                 _emit(look, outputs, out, place, plan.chunk(i, place[3], form), write)
 
         if form.kept:
-            _keep_states(outputs["kept"], plan, form, state, place, i)
+            _keep_states(outputs["kept"], plan, form, state, _place(plan, zero), i)
         if "out" in outputs:
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # before the memory of the last o is written to
         state = chunk(look, form, state, emit)
@@ -193,8 +202,8 @@ def _kernel(refs: dict, outputs: dict, scratch: dict, plan: Plan, form: Form, ch
         return state
 
     stages = stages_for(scratch, sources, plan.blocks * plan.spans)
-    state = stream(plan.chunks // plan.spans, stages, sources, step, state)
-    batch, head, column, span = _place(plan)
+    state = stream(plan.chunks // plan.spans, stages, sources, step, state, zero)
+    batch, head, column, span = _place(plan, zero)
     targets = _blocks(outputs["final"].at[batch, head, span], plan, column)
     for target, block in zip(targets, state, strict=True):
         store(target, block)
@@ -206,6 +215,8 @@ def _scratch(inputs: dict, plan: Plan, form: Form) -> dict:
     parts = len(inputs["value"])
     scratch: dict = {}
     outputs, head = "query" in inputs, "total" in inputs
+    if plan.keys > MOST_HELD:
+        scratch["zero"] = Zero.room
     if head and outputs:
         scratch["numbers"] = plgpu.SMEM((1, BLOCK), jnp.int32)
     if head and "inverse" not in inputs:

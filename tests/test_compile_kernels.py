@@ -128,3 +128,13 @@ def test_a_table_is_written_only_on_request(monkeypatch, tmp_path, capsys):
     assert gpu["outcome"] == "spills 8 bytes of registers" and gpu["on_chip_kB"] == "4.096"
     assert tpu["outcome"] == "compiled" and tpu["registers"] == "" and float(tpu["bound_us"]) > 0
     assert timing.kept(tmp_path / "kernels_static", [])[1] == ["today"]
+    monkeypatch.setattr(
+        compile_kernels, "run", lambda chosen: [{"compile_s": 3.0, "spilled": 0} for _ in chosen]
+    )
+    assert compile_kernels.main(["--all", "--write", "--targets", "H200"]) == 0
+    with (tmp_path / "kernels_static.csv").open() as stream:
+        gpu, kept = csv.DictReader(stream)
+    assert gpu["outcome"] == "compiled" and gpu["compile_s"] == "3.0" and kept == tpu
+    with pytest.raises(SystemExit):
+        compile_kernels.main(["--targets", "H300"])
+    assert "no target H300; choose from TPU v5e" in capsys.readouterr().err

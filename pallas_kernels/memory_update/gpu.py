@@ -40,8 +40,8 @@ from pallas_kernels.phases import Plan
 
 # Tokens of a block: by dtype, for chunks of at least so many. Chosen by registers as compiled for sm_90a: a
 # stack of 64 channels takes 8 of a thread's 255 with 16 tokens. Heads of 64 channels in bfloat16, forward and
-# backward: linear memory 148 and 255 (24 bytes spilled), two layers with 128 hidden channels 255 and 255
-# (1,256 bytes spilled). Not timed.
+# backward: linear memory 168 and 250, two layers with 128 hidden channels 228 and 255; nothing spilled, with
+# documents too, since no address is held from one part of a step to the next (`gpu_stream.Zero`). Not timed.
 BLOCKS = {"bfloat16": {1: 16}, "float32": {1: 16}}
 ACTIVATIONS: dict[Any, str] = {jax.nn.silu: "silu", jax.nn.gelu: "gelu"}
 # Channels of tokens, and numbers in the inner weights of one head.
@@ -87,13 +87,13 @@ def _blocks_bwd(work, network, saved, cotangents):
     dy, dsurprise, dfinal = cotangents
     vectors = streams.vectors.at[:, :, :, LOSS].set(dsurprise)
     given = streams._replace(vectors=vectors).inputs() | {"dy": dy, "kept": kept, "final": dfinal}
-    return (_gathered(gpu_backward.run(given, work, network), streams, work),)
+    return (_gathered(gpu_backward.run(given, work, network), streams, work, network),)
 
 
 _blocks.defvjp(_blocks_fwd, _blocks_bwd)
 
 
-def _gathered(out: dict, streams: _Streams, work: Work) -> _Streams:
+def _gathered(out: dict, streams: _Streams, work: Work, network: Network) -> _Streams:
     """Gradients; those of passes without tokens were not written."""
 
     def present(x):
@@ -115,10 +115,12 @@ def _gathered(out: dict, streams: _Streams, work: Work) -> _Streams:
     if streams.norm is not None:
         both = jnp.sum(present(out["dnorm"]), (0, 2))
         norm = both[:, 0], both[:, 1]
-    dq, dk, dv = (tokens(out[f"d{name}"], getattr(streams, name)) for name in "qkv")
+    width = streams.q.shape[3]
+    dq, dk, dv = jnp.split(tokens(out["dtokens"], streams.v), [width, 2 * width], 3)
     pairs = jnp.sum(present(out["dpairs"]), 3)
     vectors = vectors.at[:, :, :, ENDS, : ends.shape[-1]].set(ends)
-    return _Streams(out["dinitial"], out.get("dfresh"), norm, dq, dk, dv, pairs, vectors)
+    initial = {name: [x[:, :, n] for x in out["dinitial"]] for n, name in enumerate(network.states)}
+    return _Streams(initial, out.get("dfresh"), norm, dq, dk, dv, pairs, vectors)
 
 
 def _cut(x: Array, block: int, columns: int, width: int) -> Array:

@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gpu_math import BLOCK, F32, store
-from pallas_kernels.gpu_stream import call, stages_for, stream
+from pallas_kernels.gpu_stream import Zero, call, nothing, stages_for, stream
 from pallas_kernels.memory_update.gpu_adjoints import Coefficients, Passage, pull_keys, pull_layer, queries
 from pallas_kernels.memory_update.gpu_blocks import (
     BEGINS,
@@ -39,6 +39,7 @@ from pallas_kernels.memory_update.gpu_blocks import (
     norm_of,
     parts_at,
     raw_gradient,
+    stacked,
 )
 from pallas_kernels.memory_update.gpu_network import (
     Norm,
@@ -85,7 +86,7 @@ def _pass(outputs: dict, place: Place, passage: Passage, norm: Norm | None) -> N
     top = pull_head(queries(desk, state, block, network), block.tokens("dy"), norm, network)
     g = top.z
     for layer in reversed(network.layers):
-        emit = partial(_write_coefficients, outputs, place, layer)
+        emit = partial(_write_coefficients, outputs, place, desk.zero, layer)
         g = pull_layer(passage._replace(layer=layer), g, emit)
         if layer:
             g = each(jnp.multiply, g, slopes(desk.by(f"y{layer - 1}"), network))
@@ -94,26 +95,31 @@ def _pass(outputs: dict, place: Place, passage: Passage, norm: Norm | None) -> N
             own, more = pull_clipped(x, raw, desk.by(f"delta{layer}"), network)
             dx = each(jnp.add, desk.by(f"dx{layer}"), more)
             desk.put_by(**{f"delta{layer}": own, f"dx{layer}": dx})
-    _write_tokens(outputs["dq"], each(jnp.add, g, block.tokens("dy")) if network.residual else g, place)
+    tokens, width = outputs["dtokens"], network.tiles[0]
+    _write_tokens(tokens, 0, each(jnp.add, g, block.tokens("dy")) if network.residual else g, place)
     dk, loss = pull_keys(passage, norm)
-    _write_tokens(outputs["dk"], each(jnp.add, dk, loss.out) if network.residual else dk, place)
-    _write_tokens(outputs["dv"], [-x for x in loss.out], place)
+    _write_tokens(tokens, width, each(jnp.add, dk, loss.out) if network.residual else dk, place)
+    _write_tokens(tokens, 2 * width, [-x for x in loss.out], place)
     if norm is not None:
         _write_norm(outputs["dnorm"], (top, loss), place)
 
 
-def _write_tokens(ref: Any, stack: Stack, place: Place) -> None:
-    for n, tile in enumerate(stack):
+def _write_tokens(ref: Any, first: int, stack: Stack, place: Place) -> None:
+    for n, tile in enumerate(stack, first):
         target = ref.at[(*place(), pl.ds(BLOCK * n, BLOCK))]
         store(target, tile.astype(target.dtype))
 
 
-def _write_coefficients(outputs: dict, place: Place, layer: int, pulled: Coefficients) -> None:
-    store(outputs["dpairs"].at[(*place(), layer)], pulled.pairs)
+def _write_coefficients(outputs: dict, place: Place, zero: Zero, layer: int, pulled: Coefficients) -> None:
+    def at(name, *numbers):
+        return outputs[name].at[(*place(), *(number + zero() for number in numbers))]
+
+    zero.renew()
+    store(at("dpairs", layer), pulled.pairs)
     for row, vector in pulled.rows.items():
-        store(outputs["dvectors"].at[(*place(), layer, row)], vector)
+        store(at("dvectors", layer, row), vector)
     for number, vector in pulled.ends.items():
-        store(outputs["dends"].at[(*place(), layer, number)], vector)
+        store(at("dends", layer, number), vector)
 
 
 def _write_norm(ref: Any, parts: tuple[Pulled, Pulled], place: Place) -> None:
@@ -139,12 +145,13 @@ def _began(adjoint: dict, fresh: list, network: Network) -> None:
 
 def _kernel(refs: dict, outputs: dict, scratch: dict, work: Work, network: Network, chip: tuple) -> None:
     places = slots(network)
-    adjoint = {
-        name: matrices(scratch[name], None)
-        if name in chip
-        else matrices(outputs["dinitial"][name], work.place)
-        for name in network.states
-    }
+    Zero.begin(scratch["zero"])
+
+    def carried(zero):
+        main = stacked(outputs["dinitial"], work.place, zero, network)
+        return main | {name: matrices(scratch[name], None, zero) for name in chip}
+
+    adjoint = carried(nothing)
     for name in network.states:
         copy(matrices(refs["final"][name], work.place), adjoint[name], network)
     fresh = matrices(outputs["dfresh"], work.place) if "dfresh" in outputs else []
@@ -152,15 +159,16 @@ def _kernel(refs: dict, outputs: dict, scratch: dict, work: Work, network: Netwo
         clear(fresh, network)
     sources = work.sources({name: refs[name] for name in STREAMS if name in refs})
 
-    def closed():
+    def closed(adjoint):
         _add(adjoint["start"], adjoint["weights"], network)
         clear(adjoint["start"], network)
 
     def retreat(block, step):
-        here = partial(work.at, step)
-        pl.when(block.flag(FULL))(closed)
-        state = {name: matrices(ref, here) for name, ref in refs["kept"].items()}
-        passage = Passage(Desk(scratch, network, places), state, adjoint, block, network, 0)
+        zero = Zero(scratch["zero"])
+        here, adjoint = partial(work.at, step, zero), carried(zero)
+        pl.when(block.flag(FULL))(lambda: closed(adjoint))
+        state = stacked(refs["kept"], partial(work.at, step), zero, network)
+        passage = Passage(Desk(scratch, network, places, zero), state, adjoint, block, network, 0)
         _pass(outputs, here, passage, norm_of(refs, work, network))
         if fresh:
             pl.when(block.flag(BEGINS))(lambda: _began(adjoint, fresh, network))
@@ -176,7 +184,7 @@ def _kernel(refs: dict, outputs: dict, scratch: dict, work: Work, network: Netwo
 
     stream(work.steps, stages_for(scratch, sources, work.batch * work.heads), sources, visit, ())
     for name in chip:
-        copy(adjoint[name], matrices(outputs["dinitial"][name], work.place), network)
+        copy(adjoint[name], stacked(outputs["dinitial"], work.place, nothing, network)[name], network)
 
 
 def _outputs(inputs: dict, work: Work, network: Network) -> dict:
@@ -189,18 +197,19 @@ def _outputs(inputs: dict, work: Work, network: Network) -> dict:
     outputs: dict[str, Any] = {
         name: jax.ShapeDtypeStruct((*lead, work.steps, *shape), F32) for name, shape in each_pass.items()
     }
-    for name in "qkv":
-        shape = *lead, work.steps, *inputs[name].shape[3:]
-        outputs[f"d{name}"] = jax.ShapeDtypeStruct(shape, dtype)
+    channels = BLOCK * (2 * network.tiles[0] + network.tiles[-1])
+    outputs["dtokens"] = jax.ShapeDtypeStruct((*lead, work.steps, channels, C), dtype)
     states = [jax.ShapeDtypeStruct((*lead, *network.shape(layer)), F32) for layer in network.layers]
-    outputs["dinitial"] = dict.fromkeys(network.states, states)
+    count = len(network.states)
+    outputs["dinitial"] = [jax.ShapeDtypeStruct((*lead, count, *x.shape[2:]), F32) for x in states]
     return outputs | ({"dfresh": states} if inputs.get("fresh") is not None else {})
 
 
 def run(inputs: dict, work: Work, network: Network) -> dict:
-    """Gradients by the names of what they are of with a `d`: of tokens `[B,H,steps,W,C]` (to be summed over
-    the passes of a block), `dpairs [B,H,steps,64,C]`, `dvectors [B,H,steps,L,4,C]`, `dends
-    [B,H,steps,3 or 1,64]` and `dnorm [B,H,steps,2,V]` (each to be summed), states `dinitial` and `dfresh`.
+    """Gradients by the names of what they are of with a `d`: of q, k and v `dtokens [B,H,steps,2K+V,C]` (to
+    be summed over the passes of a block), `dpairs [B,H,steps,L,64,C]`, `dvectors [B,H,steps,L,4,C]`, `dends
+    [B,H,steps,L,3 or 1,64]` and `dnorm [B,H,steps,2,V]` (each to be summed), of every layer `dinitial
+    [B,H,states,out,in]`, and `dfresh`.
 
     `inputs`: those of the forward kernel with `dy`, the cotangent of the loss in `vectors`, the states `kept`
     and the cotangents of those that were `final`.

@@ -1,6 +1,7 @@
 """A block of tokens in the Hopper kernels of the test-time memory: what reaches it, and its keys."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -45,13 +46,13 @@ class Work(NamedTuple):
     def grid(self) -> dict[str, int]:
         return {"row": self.batch * self.heads}
 
-    def place(self) -> tuple[Array, Array]:
-        row = lax.axis_index("row") + nothing()
+    def place(self, zero: Callable[[], Array] = nothing, *numbers: int) -> tuple[Array, ...]:
+        row = lax.axis_index("row") + zero()
         batch = quotient(row, self.heads)
-        return batch, row - batch * self.heads
+        return batch, row - batch * self.heads, *(number + zero() for number in numbers)
 
-    def at(self, step: Array) -> tuple[Array, Array, Array]:
-        return *self.place(), step + nothing()
+    def at(self, step: Any, zero: Callable[[], Array], *numbers: int) -> tuple[Array, ...]:
+        return *self.place(zero), *(number + zero() for number in (step, *numbers))
 
     def step(self, i: Any) -> Any:
         return self.steps - 1 - i if self.reverse else i
@@ -156,9 +157,19 @@ def inputs(desk: Desk, letter: str, layer: int, network: Network) -> Stack:
 Place = Callable[[], tuple]
 
 
-def matrices(refs: list, place: Place | None) -> list[Matrix]:
+def matrices(refs: list, place: Place | None, zero: Callable[[], Array] = nothing) -> list[Matrix]:
     """Of refs `[B,H,...,out,in]`, or (None) in shared memory."""
-    return [Matrix(ref, place) for ref in refs]
+    return [Matrix(ref, place, zero) for ref in refs]
+
+
+def stacked(refs: list, place: Callable[..., tuple], zero: Callable[[], Array], network: Network) -> dict:
+    """States from `[B,H,...,states,out,in]` of every layer: there is one address for all of a layer.
+
+    `place(zero, number)`
+    """
+    return {
+        name: matrices(refs, partial(place, zero, number), zero) for number, name in enumerate(network.states)
+    }
 
 
 def copy(source: list[Matrix], target: list[Matrix], network: Network) -> None:

@@ -9,7 +9,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gpu_math import BLOCK, F32, settled, store
-from pallas_kernels.gpu_stream import call, stages_for, stream
+from pallas_kernels.gpu_stream import Zero, call, nothing, stages_for, stream
 from pallas_kernels.memory_update.gpu_blocks import (
     BEGINS,
     END_GRADIENT,
@@ -33,6 +33,7 @@ from pallas_kernels.memory_update.gpu_blocks import (
     norm_of,
     parts_at,
     raw_gradient,
+    stacked,
 )
 from pallas_kernels.memory_update.gpu_network import activated, clipped, head
 from pallas_kernels.memory_update.gpu_tiles import (
@@ -109,21 +110,27 @@ def _begin(refs: dict, state: State, place: Place, network: Network) -> None:
 
 def _kernel(refs: dict, outputs: dict, scratch: dict, work: Work, network: Network, chip: tuple) -> None:
     places = slots(network)
-    state = {
-        name: matrices(scratch[name], None) if name in chip else matrices(outputs["final"][name], work.place)
-        for name in network.states
-    }
+    Zero.begin(scratch["zero"])
+
+    def carried(zero):
+        place = partial(work.place, zero)
+        main = {name: matrices(refs, place, zero) for name, refs in outputs["final"].items()}
+        return main | {name: matrices(scratch[name], None, zero) for name in chip}
+
+    state = carried(nothing)
     for name in network.states:
         copy(matrices(refs["initial"][name], work.place), state[name], network)
     sources = work.sources({name: refs[name] for name in STREAMS if name in refs})
 
     def advance(block, step):
-        here = partial(work.at, step)
+        zero = Zero(scratch["zero"])
+        here, state = partial(work.at, step, zero), carried(zero)
         if "fresh" in refs:
             pl.when(block.flag(BEGINS))(lambda: _begin(refs, state, work.place, network))
-        for name, kept in outputs.get("kept", {}).items():
-            copy(state[name], matrices(kept, here), network)
-        desk = Desk(scratch, network, places)
+        if "kept" in outputs:
+            for name, own in stacked(outputs["kept"], partial(work.at, step), zero, network).items():
+                copy(state[name], own, network)
+        desk = Desk(scratch, network, places, zero)
         y, surprise = _advance(desk, state, block, norm_of(refs, work, network), network)
         for n, tile in enumerate(y):
             target = outputs["y"].at[(*here(), pl.ds(BLOCK * n, BLOCK))]
@@ -155,13 +162,13 @@ def run(inputs: dict, work: Work, network: Network, *, keep: bool, dtype: Any) -
     shapes = [network.shape(layer) for layer in network.layers]
 
     def arrays(*more):
-        return {n: [jax.ShapeDtypeStruct((*lead, *more, *s), F32) for s in shapes] for n in network.states}
+        return [jax.ShapeDtypeStruct((*lead, *more, *shape), F32) for shape in shapes]
 
     outputs = {
         "y": jax.ShapeDtypeStruct((*lead, work.steps, BLOCK * network.tiles[-1], network.columns), dtype),
         "surprise": jax.ShapeDtypeStruct((*lead, work.steps, network.columns), F32),
-        "final": arrays(),
-    } | ({"kept": arrays(work.steps)} if keep else {})
+        "final": {name: arrays() for name in network.states},
+    } | ({"kept": arrays(work.steps, len(network.states))} if keep else {})
     desk = desk_room(network, slots(network), 4 * sum(network.tiles[1:]))
     chip = on_chip(network, (desk, work.sources({n: inputs[n] for n in STREAMS if n in inputs})))
     scratch = desk | {name: [room_for(shape) for shape in shapes] for name in chip}

@@ -17,7 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import dispatch
 from pallas_kernels.gpu_math import BF16, BLOCK, F32, TILE, get, product, put, settled, split, store, swizzled
-from pallas_kernels.gpu_stream import SHARED_BYTES, bytes_of, nothing
+from pallas_kernels.gpu_stream import SHARED_BYTES, Zero, bytes_of
 
 PARTS = 3  # bfloat16 parts of a float32 operand
 
@@ -63,14 +63,17 @@ class Matrix(NamedTuple):
 
     ref: Any
     place: Callable[[], tuple] | None  # None: in shared memory
+    zero: Callable[[], Array]
 
     @property
     def on_chip(self) -> bool:
         return self.place is None
 
     def _at(self, o: int, i: int) -> Any:
-        ref = self.ref.at[(nothing(),) if self.place is None else self.place()]
-        return ref.at[pl.ds(BLOCK * o, BLOCK), pl.ds(BLOCK * i, BLOCK)]
+        if self.place is None:
+            return self.ref.at[self.zero(), pl.ds(BLOCK * o, BLOCK), pl.ds(BLOCK * i, BLOCK)]
+        at = [pl.ds(BLOCK * n + self.zero(), BLOCK) for n in (o, i)]
+        return self.ref.at[(*self.place(), *at)]
 
     def load(self, o: int, i: int) -> Array:
         return plgpu.load(self._at(o, i), layout=TILE, optimized=self.on_chip)
@@ -111,7 +114,7 @@ def desk_room(network: Network, slots: Slots, put_by: int) -> dict[str, Any]:
     # The window of 64 tokens reaches beyond the last slot.
     pool = _narrow(BLOCK, sum(tiles * parts for tiles, parts in slots.values()) * C + BLOCK - C, 1, C)
     by = plgpu.SMEM((put_by, BLOCK, C), F32)
-    room = {"pool": pool, "turned": _narrow(BLOCK, BLOCK, PARTS, C), "by": by}
+    room = {"zero": Zero.room, "pool": pool, "turned": _narrow(BLOCK, BLOCK, PARTS, C), "by": by}
     if dispatch.interpretation("gpu"):
         room |= {"left": _narrow(BLOCK, BLOCK, PARTS, C), "left_tokens": _narrow(BLOCK, C, PARTS, C)}
     return room
@@ -120,8 +123,8 @@ def desk_room(network: Network, slots: Slots, put_by: int) -> dict[str, Any]:
 class Desk:
     """Operands of wgmma in shared memory, by name, and products with them."""
 
-    def __init__(self, scratch: dict[str, Any], network: Network, slots: Slots):
-        self._scratch, self._columns = scratch, network.columns
+    def __init__(self, scratch: dict[str, Any], network: Network, slots: Slots, zero: Zero):
+        self._scratch, self._columns, self.zero = scratch, network.columns, zero
         self._first, count = {}, 0
         self._by: dict[str, tuple[int, int]] = {}
         self._begun: set[tuple[str, int]] = set()
@@ -132,7 +135,7 @@ class Desk:
     def _view(self, name: str, tile: int, part: int, width: int) -> Any:
         first, parts = self._first[name]
         at = (first + tile * parts + part) * self._columns
-        return self._scratch["pool"].at[nothing()].at[:, pl.ds(at, width)]
+        return self._scratch["pool"].at[self.zero()].at[:, pl.ds(at, width)]
 
     def parts(self, name: str, tile: int = 0, count: int = PARTS) -> list:  # [64,C] each
         return [self._view(name, tile, part, self._columns) for part in range(count)]
@@ -146,6 +149,7 @@ class Desk:
 
     def write(self, **stacks: tuple[Stack, int] | Stack) -> None:
         """Stacks to be found under their names, in so many parts."""
+        self.zero.renew()
         for name, stack in stacks.items():
             tiles, parts = stack if isinstance(stack, tuple) else (stack, PARTS)
             for n, value in enumerate(tiles):
@@ -157,11 +161,12 @@ class Desk:
 
     def begin(self, name: str, count: int) -> None:
         """Room for a stack in float32, out of the registers until `by`; of a name all are of one size."""
+        self.zero.renew()
         self._by.setdefault(name, (sum(n for _, n in self._by.values()), count))
         self._begun = {at for at in self._begun if at[0] != name}
 
     def _by_tile(self, name: str, tile: int) -> Any:
-        return self._scratch["by"].at[self._by[name][0] + tile + nothing()]
+        return self._scratch["by"].at[self._by[name][0] + tile + self.zero()]
 
     def add(self, name: str, tile: int, value: Array) -> None:
         """To a tile of a stack that was begun."""
@@ -177,6 +182,7 @@ class Desk:
                 self.add(name, n, value)
 
     def by(self, name: str) -> Stack:
+        self.zero.renew()
         refs = [self._by_tile(name, n) for n in range(self._by[name][1])]
         return [plgpu.load(ref, layout=TILE, optimized=False) for ref in refs]
 
@@ -192,19 +198,22 @@ class Desk:
 
     def turn(self, value: Array) -> list:
         """A tile of a matrix as left operand, to be used as it is or transposed, until the next."""
-        refs = [self._scratch["turned"].at[n + nothing()] for n in range(PARTS)]
+        self.zero.renew()
+        refs = [self._scratch["turned"].at[n + self.zero()] for n in range(PARTS)]
         put(refs, value)
         plgpu.commit_smem()
         return refs
 
     def times(self, value: Array, right: list) -> Array:
         """A tile in registers, `[64,64]` or `[64,C]`, times an operand."""
+        self.zero.renew()
         return multiplied(product(self._left(value), right))
 
     def scores(self, name: str, other: str, tiles: int, counts: tuple[int, int]) -> Array:
         """Products of the tokens of two stacks over all channels, `[64,C]`; rows from C on are of no use."""
         pairs = []
         for n in range(tiles):
+            self.zero.renew()
             pairs += product(self._windows(name, n, counts[0]), self.parts(other, n, counts[1]))
         return multiplied(pairs)
 
