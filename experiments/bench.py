@@ -4,6 +4,7 @@
     python -m experiments.bench layers --layers mamba,s4 --lengths 1024,4096 --out somewhere
     python -m experiments.bench peers --peer-python oracle/bin/python,discretax/bin/python
     python -m experiments.bench kernels
+    python -m experiments.bench generate --peer-python oracle/bin/python
 
 `layers`: one row per layer and length: forward, and forward with backward (of a sum of squares, with respect
 to inputs and parameters), each the median of a few runs; the seconds to compile both; the temporary memory
@@ -19,6 +20,9 @@ run in interpreters of their own (tests/oracles/README.md makes them).
 
 `kernels`: ops instead of layers, on a GPU: Pallas kernels, XLA, fla's Triton kernels and attention
 (`experiments/bench_kernels.py`).
+
+`generate`: tokens per second and memory of whole models against the length of the context, beside
+transformers' (`experiments/bench_generate.py`).
 
 Results: a CSV and a Markdown table.
 
@@ -40,7 +44,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from experiments import bench_kernels, bench_peers
+from experiments import bench_generate, bench_kernels, bench_peers
 from experiments.kernel_cases import VARIANTS
 from experiments.kernel_rows import ATTENTION
 from experiments.timing import (
@@ -177,7 +181,7 @@ def keep_freed_memory() -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m experiments.bench", description=__doc__.split("\n")[0])
-    parser.add_argument("what", choices=["layers", "peers", "kernels"])
+    parser.add_argument("what", choices=["layers", "peers", "kernels", "generate"])
     parser.add_argument(
         "--layers", help="names (of PEERS, of ops with kernels), separated by commas; default all"
     )
@@ -190,6 +194,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--seconds", type=float, default=bench_kernels.SECONDS, help="budget of kernels; default %(default)s"
     )
+    parser.add_argument("--small", action="store_true", help="generate: small models, short contexts")
     parser.add_argument("--add", action="store_true", help="keep what the tables have of other names")
     parser.add_argument("--out", type=Path, default=RESULTS, help="directory for the tables")
     return parser
@@ -233,6 +238,13 @@ def _peers(options, note: str) -> int:
     return failed
 
 
+def _generate(options, note: str) -> int:
+    contexts = tuple(map(int, options.lengths.split(","))) if options.lengths else None
+    pythons = options.peer_python.split(",") if options.peer_python else []
+    names = _names(options, bench_generate.MODELS)
+    return bench_generate.bench(names, contexts, pythons, options.out, note, options.small)
+
+
 def _kernels(parser: argparse.ArgumentParser, options) -> int:
     ops, known = _names(options, ()), {variant.op for variant in (*VARIANTS.values(), ATTENTION)}
     unknown = [name for name in ops if name not in known]
@@ -255,13 +267,14 @@ def main(arguments: list[str] | None = None) -> int:
     peers = options.what == "peers"
     if peers and not options.peer_python:
         parser.error("peers needs --peer-python (tests/oracles/README.md makes one)")
-    known = bench_peers.PEERS if peers else registry.LAYERS
+    models = bench_generate.MODELS if options.what == "generate" else registry.LAYERS
+    known: Iterable[str] = bench_peers.PEERS if peers else models
     unknown = [name for name in _names(options, known) if name not in known]
     if unknown:
         parser.error(f"unknown {', '.join(unknown)}; choose from {', '.join(known)}")
     note = f"`python -m experiments.bench {' '.join(map(_shown, arguments or sys.argv[1:]))}`"
     print(machine(), flush=True)
-    failed = (_peers if peers else _layers)(options, note)
+    failed = {"peers": _peers, "generate": _generate}.get(options.what, _layers)(options, note)
     print(options.out)
     return failed
 

@@ -1,4 +1,4 @@
-"""The `zoo` command: list, train, compare, sweep, fit, reproduce, eval, generate.
+"""The `zoo` command: list, train, compare, sweep, fit, reproduce, eval, generate, state, import, export.
 
 Every error of the user's making is one line on standard error and exit status 2; nothing is overwritten.
 """
@@ -9,6 +9,8 @@ import os
 import sys
 import traceback
 from pathlib import Path
+
+from experiments import cli_generate, cli_weights
 
 
 def _prepare_environment() -> None:
@@ -75,7 +77,8 @@ def _train(options, rest: list[str]) -> int:
 
     run, directory = _config(options, rest)
     require(isinstance(run, Run), _other_verb(options.config, run))
-    result = train(run, directory, tensorboard=options.tensorboard)
+    samples = cli_generate.samples(options)
+    result = train(run, directory, tensorboard=options.tensorboard, samples=samples)
     if result.stopped:
         step = result.summary["step"]
         print(f"stopped by {result.stopped} at step {step}; the same command goes on from here")
@@ -153,33 +156,6 @@ def _eval(options) -> int:
     return 0
 
 
-def _generate(options) -> int:
-    import jax
-    import jax.numpy as jnp
-
-    from experiments.directory import read_config, read_tokenizer
-    from zoo import checkpoint
-    from zoo.generate import generate
-
-    run, _ = read_config(options.run)
-    tokenizer = read_tokenizer(options.run)
-    # A text begins with the separator where documents do in training.
-    start = [] if tokenizer.separator is None else [tokenizer.separator]
-    prompt = jnp.array([[*start, *tokenizer.encode(options.prompt)]], jnp.int32)
-    tokens = generate(
-        checkpoint.load_params(options.run),
-        run.model,
-        prompt,
-        options.tokens,
-        key=jax.random.key(options.seed),
-        temperature=options.temperature,
-        top_k=options.top_k,
-        limit=tokenizer.vocab_size,
-    )
-    print(options.prompt + tokenizer.decode(tokens[0].tolist()))
-    return 0
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="zoo", description="Recurrent and state-space sequence models in JAX."
@@ -206,6 +182,7 @@ def _parser() -> argparse.ArgumentParser:
         )
         if verb == "train":
             sub.add_argument("--tensorboard", action="store_true", help="write TensorBoard files too")
+            cli_generate.add_samples(sub)
         else:
             sub.add_argument(
                 "--workers", type=int, metavar="N", help="processes (default one a core or GPU; 0: only this)"
@@ -235,13 +212,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("run", metavar="RUN", help="directory of a run")
     sub.add_argument("--split", default="validation", help="split of its data (default validation)")
 
-    sub = verbs.add_parser("generate", help="continue a text with a trained language model")
-    sub.add_argument("run", metavar="RUN", help="directory of a run")
-    sub.add_argument("--prompt", required=True, help="text to continue")
-    sub.add_argument("--tokens", type=int, default=200, help="how many tokens to add (default 200)")
-    sub.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default 0.8)")
-    sub.add_argument("--top-k", type=int, help="sample among the k most likely tokens")
-    sub.add_argument("--seed", type=int, default=0, help="of the sampling (default 0)")
+    cli_generate.add_parsers(verbs)
+    cli_weights.add_parsers(verbs)
     return parser
 
 
@@ -274,9 +246,10 @@ def _run(arguments: list[str] | None) -> int:
         return (_show if options.show else of_configs[options.verb])(options, rest)
     if rest:
         raise ValueError(f"unexpected {rest[0]!r}; see `zoo {options.verb} --help`")
-    return {"list": _list, "fit": _fit, "reproduce": _reproduce, "eval": _eval, "generate": _generate}[
-        options.verb
-    ](options)
+    verbs = {"list": _list, "fit": _fit, "reproduce": _reproduce, "eval": _eval}
+    verbs |= {"generate": cli_generate.generate, "state": cli_generate.state}
+    verbs |= {"import": cli_weights.import_weights, "export": cli_weights.export_weights}
+    return verbs[options.verb](options)
 
 
 def _users(error: Exception) -> bool:

@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from layers.checks import require, require_choice, require_positive
+from layers.fields import later
 
 SCHEDULES = ("cosine", "wsd", "constant")
 DTYPES = ("float32", "bfloat16")
+INITIAL_STATES = ("zero", "carried", "shuffled", "gaussian")
 # They decide what is kept of a run, not what it computes: a run may be continued with others.
 KEEPING = ("checkpoint_every", "keep")
 
@@ -72,10 +74,15 @@ class Run:
     checkpoint_every: int = 0  # steps between checkpoints; 0 for one at the end only
     keep: int = 2  # newest checkpoints that stay
     max_bad_steps: int = 10  # updates in a row that may be skipped for a loss or gradient that is not finite
+    # The state that a training batch begins with (see `experiments.state_passing`).
+    initial_state: str = later("zero")
+    state_scale: float = later(1.0)  # standard deviation of "gaussian"
 
     def __post_init__(self):
         require_positive(self, "steps", "batch_size", "accumulate", "log_every", "keep", "max_bad_steps")
         require_choice(self, "compute_dtype", DTYPES)
+        require_choice(self, "initial_state", INITIAL_STATES)
+        require(self.state_scale > 0, f"state_scale={self.state_scale} must be > 0")
         for name in ("loss_chunk", "eval_batch_size", "eval_batches"):
             if getattr(self, name) is not None:
                 require_positive(self, name)
@@ -87,9 +94,14 @@ class Run:
 
 
 def to_dict(value: Any) -> Any:
-    """A config as JSON values; a dataclass becomes its fields and its `type`, `module:name`."""
+    """A config as JSON values; a dataclass becomes its fields and its `type`, `module:name`.
+
+    A `later` field is left out while it has its default: configs from before it keep their fingerprints.
+    """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {f.name: to_dict(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
+        fields = {
+            f.name: to_dict(getattr(value, f.name)) for f in dataclasses.fields(value) if _said(f, value)
+        }
         return {"type": f"{type(value).__module__}:{type(value).__qualname__}", **fields}
     if isinstance(value, tuple | list):
         return [to_dict(item) for item in value]
@@ -98,6 +110,10 @@ def to_dict(value: Any) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise ValueError(f"{value!r} of {type(value).__name__} cannot stand in a config")
+
+
+def _said(of: dataclasses.Field, value: Any) -> bool:
+    return of.init and not (of.metadata.get("later") and getattr(value, of.name) == of.default)
 
 
 def from_dict(value: Any) -> Any:

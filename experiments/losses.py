@@ -1,6 +1,7 @@
 """Cross-entropy and accuracy without ever holding the logits of a whole batch."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -80,10 +81,28 @@ def model_losses(
     if isinstance(model, classifier.Config):
         logits, _, aux = classifier.apply(params, model, batch["inputs"], dtype=dtype)
         return total(*cross_entropy(lambda h: h, logits, targets), targets), aux
-    module = autoencoder if isinstance(model, autoencoder.Config) else lm
-    documents = {name: batch[name] for name in ("segment_ids",) if name in batch}
-    h, _, aux = module.hidden(params, model, batch["tokens"], dtype=dtype, **documents)
+    if isinstance(model, autoencoder.Config):
+        h, _, aux = autoencoder.hidden(params, model, batch["tokens"], dtype=dtype)
+        head = partial(autoencoder.logits, params, model)
+        return total(*cross_entropy(head, h, targets, chunk), targets), aux
+    sums, aux, _ = continued_losses(params, model, batch, chunk=chunk, dtype=dtype)
+    return sums, aux
+
+
+def continued_losses(
+    params: Any,
+    model: lm.Config,
+    batch: dict[str, Array],
+    state: Any = None,
+    *,
+    chunk: int | None = None,
+    dtype: Any = None,
+) -> tuple[Sums, dict[str, Array], Any]:
+    """`(sums, aux, state after the last token)` of a language model that begins with `state`, by default the
+    empty one; else as `model_losses`."""
+    targets = batch["targets"]
+    documents = batch.get("segment_ids")
+    h, last, aux = lm.hidden(params, model, batch["tokens"], state, segment_ids=documents, dtype=dtype)
     if "positions" in batch:
         h = jnp.take_along_axis(h, batch["positions"][..., None], 1)
-    per_token = cross_entropy(lambda rows: module.logits(params, model, rows), h, targets, chunk)
-    return total(*per_token, targets), aux
+    return total(*cross_entropy(partial(lm.logits, params, model), h, targets, chunk), targets), aux, last

@@ -26,12 +26,13 @@ import optax
 from flax import struct
 from jax import Array
 
-from experiments import optimizer
+from experiments import optimizer, state_passing
 from experiments.config import Run
 from experiments.directory import Directory
 from experiments.evaluate import evaluate
-from experiments.losses import model_losses
+from experiments.losses import continued_losses, model_losses
 from experiments.record import Recorder, Screen
+from experiments.samples import Samples, Writer
 from layers.checks import require
 from zoo import autoencoder, checkpoint, classifier, lm
 
@@ -50,6 +51,7 @@ class TrainState:
     bad_in_row: Array  # of which just now
     params: Any
     opt_state: Any
+    passed: Any = None  # what a batch leaves to the next (see `experiments.state_passing`)
 
 
 @dataclass(frozen=True)
@@ -73,31 +75,43 @@ def init_state(run: Run, key: Array) -> TrainState:
     """Step 0."""
     params = model_module(run.model).init(key, run.model)
     zero = jnp.zeros((), jnp.int32)
-    return TrainState(zero, zero, zero, params, optimizer.make(run.optimizer, run.steps).init(params))
+    opt_state = optimizer.make(run.optimizer, run.steps).init(params)
+    return TrainState(zero, zero, zero, params, opt_state, state_passing.first(run, key))
 
 
-def accumulated_gradient(run: Run, params: Any, batch: dict[str, Array]):
-    """`(gradient, mean loss with auxiliary losses, sums, aux)` of a batch, micro-batch by micro-batch.
+def accumulated_gradient(run: Run, params: Any, batch: dict[str, Array], state: Any = None):
+    """`(gradient, mean loss with auxiliary losses, sums, aux, last state)` of a batch, part by part.
 
     Losses are summed over labelled positions and divided by their number in the whole batch, so the
     result does not depend on how the batch is cut. Auxiliary losses of the layers weigh by those positions.
+    `state` is what the rows begin with; without it they begin empty, and the last state is None.
     """
     tokens = jnp.maximum((batch["targets"] >= 0).sum(), 1)
-    dtype = jnp.dtype(run.compute_dtype)
+    how = {"chunk": run.loss_chunk, "dtype": jnp.dtype(run.compute_dtype)}
 
-    def objective(params, part):
-        sums, aux = model_losses(params, run.model, part, chunk=run.loss_chunk, dtype=dtype)
+    def objective(params, part, begun):
+        if begun is None:
+            (sums, aux), last = model_losses(params, run.model, part, **how), None
+        else:
+            sums, aux, last = continued_losses(params, run.model, part, begun, **how)
         extra = sum(value for name, value in aux.items() if name.endswith("_loss"))
-        return (sums["loss"] + sums["tokens"] * extra) / tokens, (sums, aux)
+        return (sums["loss"] + sums["tokens"] * extra) / tokens, (sums, aux, last)
 
     def add(grads, part):
-        (loss, (sums, aux)), new = jax.value_and_grad(objective, has_aux=True)(params, part)
-        return jax.tree.map(jnp.add, grads, new), (loss, sums, aux)
+        (loss, out), new = jax.value_and_grad(objective, has_aux=True)(params, *part)
+        return jax.tree.map(jnp.add, grads, new), (loss, *out)
 
     parts = jax.tree.map(lambda x: x.reshape(run.accumulate, -1, *x.shape[1:]), batch)
-    grads, (loss, sums, aux) = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), parts)
+    parts = parts, state_passing.cut(state, run.accumulate)
+    grads, (loss, sums, aux, last) = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), parts)
     sums = {name: value.sum() for name, value in sums.items()}
-    return grads, loss.sum(), sums, {name: value.mean(0) for name, value in aux.items()}
+    return (
+        grads,
+        loss.sum(),
+        sums,
+        {name: value.mean(0) for name, value in aux.items()},
+        state_passing.join(last),
+    )
 
 
 def make_train_step(run: Run):
@@ -110,7 +124,8 @@ def make_train_step(run: Run):
     rate = optimizer.schedule(run.optimizer, run.steps)
 
     def train_step(state: TrainState, batch: dict[str, Array]):
-        grads, loss, sums, aux = accumulated_gradient(run, state.params, batch)
+        begun = state_passing.begin(run, state.passed, state.step)
+        grads, loss, sums, aux, last = accumulated_gradient(run, state.params, batch, begun)
         norm = optax.tree.norm(grads)
         ok = jnp.isfinite(loss) & jnp.isfinite(norm)
         updates, opt_state = update(grads, state.opt_state, state.params)
@@ -127,7 +142,8 @@ def make_train_step(run: Run):
             "bad_in_row": bad_in_row,
             **aux,
         }
-        return TrainState(state.step + 1, bad_steps, bad_in_row, params, opt_state), metrics
+        passed = state_passing.keep(run, state.passed, last, ok)
+        return TrainState(state.step + 1, bad_steps, bad_in_row, params, opt_state, passed), metrics
 
     return train_step
 
@@ -180,6 +196,7 @@ def train_flops(model: Any, batch: dict[str, Any]) -> float:
 
 def check(run: Run, source: Any) -> None:
     """The model and the data belong together. JAX reads past the end of an array without a word."""
+    state_passing.check(run)
     kind = KINDS[model_module(run.model)]
     require(source.kind == kind, f"data of kind {source.kind!r} for a model of kind {kind!r}")
     for name in ("features", "classes") if kind == "classification" else ("vocab_size",):
@@ -217,6 +234,7 @@ class _Loop:
         self.initial, self.step = _programs(replace(run, seed=0))
         self.pending: tuple[int, Any] | None = None  # the metrics not yet read
         self.evaluation: dict[str, float] = {}
+        self.samples: Writer | None = None
         self.durations: list[float] = []  # seconds per step, without evaluations and checkpoints
         self.mark: float | None = None  # when the metrics before were read
         self.seconds_before, self.start = 0.0, time.perf_counter()
@@ -301,6 +319,8 @@ class _Loop:
         self.recorder.write("eval", self.done, values, {"seconds": self.seconds()})
         loss, accuracy = self.evaluation["loss"], self.evaluation["accuracy"]
         self.screen.say(f"step {self.done}  {self.run.eval_split} loss {loss:.4f}  accuracy {accuracy:.4f}")
+        if self.samples:
+            self.samples.take(self.done, self.state.params, self.screen.say)
         self.mark = None
 
     def _save(self) -> None:
@@ -341,16 +361,18 @@ def train(
     progress: bool = True,
     tensorboard: bool = False,
     until: int | None = None,
+    samples: Samples | None = None,
 ) -> Result:
     """Train `run` to its end, or to step `until`; in `directory`, also from where it stopped before.
 
-    `progress` shows a bar on a terminal and a line now and then elsewhere. Raises ValueError when model and
-    data do not fit, OtherRunError when `directory` belongs to another run, CheckpointError when none of its
-    checkpoints is intact, NotFiniteError after `run.max_bad_steps` bad steps in a row, OSError when a
-    checkpoint cannot be written.
+    `progress` shows a bar on a terminal and a line now and then elsewhere; `samples` are written at every
+    evaluation, and change nothing else. Raises ValueError when model and data do not fit, OtherRunError when
+    `directory` belongs to another run, CheckpointError when none of its checkpoints is intact,
+    NotFiniteError after `run.max_bad_steps` bad steps in a row, OSError when a checkpoint cannot be written.
     """
     source = run.data.build()
     check(run, source)
+    writer = None if samples is None else Writer(samples, run, source)
     with ExitStack() as stack:
         received = stack.enter_context(_signals())
         home = None
@@ -360,6 +382,9 @@ def train(
             home.write_tokenizer(getattr(source, "tokenizer", None))
         loop = _Loop(run, source, home)
         rows = home.rows_until(loop.done) if home else []
+        loop.samples = writer
+        if writer and home:
+            writer.begin(home.path / "samples.jsonl", loop.done)
         recorder = stack.enter_context(closing(Recorder(home.metrics if home else None, rows, tensorboard)))
         screen = stack.enter_context(closing(Screen(loop.done, run.steps, progress)))
         old_summary = home.read_summary() if home and loop.done == run.steps else None

@@ -10,7 +10,7 @@ from zoo import registry
 
 ROOT = pathlib.Path(__file__).parent.parent
 # What layers share stands beside them.
-SHARED = {"__init__", "checks", "common", "heads", "memories", "routing", "state_spaces"}
+SHARED = {"__init__", "checks", "common", "fields", "heads", "memories", "routing", "state_spaces"}
 FLOORS = ("pallas_kernels", "layers", "zoo", "experiments")
 
 

@@ -9,7 +9,7 @@ import pytest
 from chains import TOLERANCE, assert_close, values_and_gradients
 
 from zoo import blocks, classifier, lm, registry
-from zoo.generate import generate
+from zoo.generation import generate
 
 HYBRID = lm.Config(vocab_size=11, width=16, depth=5, pattern=("gla", "attention"), mlp="gelu")
 

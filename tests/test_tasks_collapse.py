@@ -1,11 +1,14 @@
 """The probe for state collapse: in pieces as in one, and right about states that are known."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from experiments.losses import model_losses
+from experiments.sources import LanguageSource
 from experiments.tasks import collapse
 from experiments.tasks.lexicon import LexiconData
 from experiments.tasks.recall import RecallData
@@ -94,6 +97,47 @@ def test_the_table_has_a_row_for_each_doubling():
         {"length": 32, "loss": 2.0, "above": 1.0, "growth": 2.0},
         {"length": 64, "loss": 5.0, "above": 4.0, "growth": 4.0},
     ]
+
+
+def test_a_stretch_scores_the_end_of_a_row_as_the_probe_does(params, source):
+    stretch = collapse.Stretch.at(replace(SOURCE, length=16), 48)
+    assert (stretch.first, stretch.data) == (42, SOURCE)
+    (batch,) = stretch.build().eval_batches("validation", ROWS)
+    assert batch["positions"].shape == batch["targets"].shape == (ROWS, 6)
+    sums = jax.jit(lambda p, b: model_losses(p, MODEL, b)[0])(params, batch)
+    probe = collapse.measure(params, MODEL, source, rows=ROWS, piece=48)
+    assert sums["tokens"] == 6 * ROWS
+    np.testing.assert_allclose(sums["loss"] / sums["tokens"], probe.loss[42:].mean(), rtol=1e-9)
+    np.testing.assert_allclose(sums["loss"] / sums["tokens"], probe.table(6)[-1]["loss"], rtol=1e-9)
+
+
+def test_a_stretch_is_a_source_of_its_own(source):
+    stretch = collapse.Stretch(data=SOURCE, first=40).build()
+    assert isinstance(stretch, LanguageSource)
+    whole, end = source.batch(3, 1, 2), stretch.batch(3, 1, 2)
+    np.testing.assert_array_equal(end["tokens"], whole["tokens"])
+    np.testing.assert_array_equal(end["targets"], whole["targets"][:, 40:])
+    other = collapse.Stretch(data=SOURCE, first=41).build()
+    assert len({source.fingerprint, stretch.fingerprint, other.fingerprint}) == 3
+    assert stretch.describe().startswith("places 40 to 48 of: ")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"data": SOURCE, "first": 48}, "Stretch: first=48 lies beyond length=48"),
+        ({"data": SOURCE, "first": -1}, "Stretch: first=-1 must be at least 0"),
+    ],
+)
+def test_a_stretch_that_is_none_is_refused(settings, message):
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        collapse.Stretch(**settings)
+
+
+def test_a_stretch_needs_a_target_for_every_token():
+    stretch = collapse.Stretch(data=RecallData(length=48, vocab_size=64), first=40)
+    with pytest.raises(ValueError, match=r"^Stretch needs a target for every token$"):
+        stretch.build().batch(0, 0, 2)
 
 
 def test_line_breaks_to_no_end(params):

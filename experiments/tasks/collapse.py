@@ -13,8 +13,14 @@ and at mean and variance of every head's state, on text and on a prompt that is 
 Sequences are worked through in pieces, each going on where the state stopped: memory does not grow with T,
 and the numbers are those of the whole. `measure_batch` takes any batch; `newlines` makes the other prompt.
 That one says nothing new after its first tokens: where the loss rises on it, the state has gone astray.
+
+    Stretch.at(TextData(length=256), 65_536)                     what a comparison asks as a probe
+
+scores the last eighth of longer rows of the same text, as one row of the table does.
 """
 
+import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -25,7 +31,7 @@ import numpy as np
 from jax import Array
 
 from experiments.losses import cross_entropy
-from experiments.sources import IGNORED, Batch
+from experiments.sources import IGNORED, Batch, fingerprint, require_at_least
 from layers.checks import require
 from zoo import lm
 
@@ -60,7 +66,7 @@ class Probe:
         lengths = [trained]
         while 2 * lengths[-1] <= len(self.loss):
             lengths.append(2 * lengths[-1])
-        losses = [float(np.nanmean(self.loss[n - max(1, n // 8) : n])) for n in lengths]
+        losses = [float(np.nanmean(self.loss[last_eighth(n) : n])) for n in lengths]
         norms = [self._norms(n) for n in lengths]
         return [
             {"length": n, "loss": loss, "above": loss - losses[0], "growth": float((norm / norms[0]).max())}
@@ -71,6 +77,64 @@ class Probe:
         """Mean norm of each array of the states at the end of the piece that `length` falls into."""
         piece = np.searchsorted(self.ends, length)
         return np.array([s.norm[piece].mean() for s in self.states.values()]) + 1e-30
+
+
+def last_eighth(length: int) -> int:
+    """Where the last eighth of `length` places, at least one, begins."""
+    return length - max(1, length // 8)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stretch:
+    """Rows of `data`, a language source with a target for every token, scored from place `first` on."""
+
+    data: Any
+    first: int
+
+    def __post_init__(self):
+        require_at_least(self, 0, "first")
+        length = self.data.length
+        require(self.first < length, f"Stretch: first={self.first} lies beyond length={length}")
+
+    @classmethod
+    def at(cls, data: Any, length: int) -> "Stretch":
+        """The last eighth of rows of `length` tokens."""
+        return cls(data=dataclasses.replace(data, length=length), first=last_eighth(length))
+
+    def build(self) -> "StretchSource":
+        """The source; whatever `data` raises."""
+        return StretchSource(self)
+
+
+class StretchSource:
+    """Batches `{"tokens" [B,T], "positions" [B,T - first], "targets" [B,T - first]}`, all int32."""
+
+    kind = "language"
+
+    def __init__(self, cfg: Stretch):
+        self._source, self._first = cfg.data.build(), cfg.first
+        self.length, self.splits = self._source.length, self._source.splits
+        self.vocab_size, self.tokenizer = self._source.vocab_size, self._source.tokenizer
+        self.fingerprint = fingerprint({"first": cfg.first, "of": self._source.fingerprint})
+
+    def batch(self, seed: int, step: int, size: int) -> Batch:
+        """Training batch number `step`: a pure function of its arguments."""
+        return self._end(self._source.batch(seed, step, size))
+
+    def eval_batches(self, split: str, size: int) -> Iterator[Batch]:
+        """The whole split in a fixed order."""
+        return map(self._end, self._source.eval_batches(split, size))
+
+    def _end(self, batch: Batch) -> Batch:
+        targets = batch["targets"]
+        require(targets.shape == batch["tokens"].shape, "Stretch needs a target for every token")
+        places = np.arange(self._first, targets.shape[1], dtype=np.int32)
+        scored = {"positions": np.tile(places, (len(targets), 1)), "targets": targets[:, places]}
+        return {**batch, **scored}
+
+    def describe(self) -> str:
+        """One line for people."""
+        return f"places {self._first:,} to {self.length:,} of: {self._source.describe()}"
 
 
 def newlines(rows: int, length: int, token: int = NEWLINE) -> Batch:
