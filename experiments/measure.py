@@ -21,6 +21,7 @@ from experiments.evaluate import evaluate
 from experiments.record import plain
 from experiments.train import init_state, make_train_step, model_module
 from zoo import checkpoint
+from zoo.blocks import Block
 
 Numbers = dict[str, Any]
 
@@ -58,12 +59,13 @@ def _evaluate(directory: Path, run: Run) -> Numbers:
 def reaching(model: Any, length: int) -> Any:
     """`model`, its full attention with room for `length` tokens: no parameter depends on that."""
 
-    def grown(layer: Any) -> Any:
-        short = getattr(layer, "max_length", length) < length
-        return dataclasses.replace(layer, max_length=length) if short else layer
+    def grown(entry: Any, layer: Any) -> Any:
+        if getattr(layer, "max_length", length) < length:
+            layer = dataclasses.replace(layer, max_length=length)
+        return dataclasses.replace(entry, mixer=layer) if isinstance(entry, Block) else layer
 
-    layers = model.layers[: len(model.pattern)]
-    return dataclasses.replace(model, pattern=tuple(grown(layer) for layer in layers))
+    pattern = tuple(grown(*pair) for pair in zip(model.pattern, model.layers, strict=False))
+    return dataclasses.replace(model, pattern=pattern)
 
 
 def speed(directory: Path, run: Run) -> Numbers:

@@ -18,7 +18,9 @@ StreamingLLM (Xiao et al. 2023, arXiv 2309.17453 sec. 3.2), whose cache numbers 
 distance grows beyond S + w - 1: for j < S that the window has left behind, the logit is
 R_p q_i . R_j k_j with p = S + w - 1. With `sink_logit` the softmax has one more term, exp(b_h), in its
 denominator, b_h a number learned per head that starts at 0: the + 1 with which a head may attend to nothing
-(gpt-oss, arXiv 2508.10925).
+(gpt-oss, arXiv 2508.10925). Published models differ in the rest: positions may turn only a part of each head
+(`rotary_channels`), q and k may be normalised (`qk_norm`; Henry et al. 2020, arXiv 2010.04245), and what the
+heads read may pass a gate (`gate`; Qiu et al. 2025, arXiv 2505.06708).
 """
 
 from dataclasses import dataclass
@@ -28,7 +30,13 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
-from layers.checks import require, require_divides, require_not_negative, require_positive, require_rotary
+from layers.checks import (
+    require,
+    require_divides,
+    require_not_negative,
+    require_positive,
+    require_rotary,
+)
 from layers.common import (
     Params,
     conv_init,
@@ -36,10 +44,12 @@ from layers.common import (
     convolved,
     convolved_step,
     dense,
+    rms_norm,
     rotary,
     sinusoids,
     weight,
 )
+from layers.fields import later
 from layers.heads import merge_heads
 from pallas_kernels.attention import (
     Cache,
@@ -71,6 +81,12 @@ class Config:
     sinusoidal: bool = False  # absolute positions: sines and cosines added to the input
     sinks: int = 0  # S first tokens of the document that are seen beside the window
     sink_logit: bool = False  # a learned logit per head in the denominator alone
+    rotary_channels: int | None = later(None)  # the first so many of a head's channels turn; default all
+    qk_norm: bool = later(False)  # RMSNorm with learned scales of every head's q and k
+    unit_offset: bool = later(False)  # those scales are 1 + the parameter
+    eps: float = later(1e-5)  # of those norms
+    gate: bool = later(False)  # multiply what the heads read by sigmoid(W_gate x)
+    out_bias: bool = later(False)
 
     def __post_init__(self):
         require_positive(self, "width", "heads", "max_length", "G", "span")
@@ -85,7 +101,9 @@ class Config:
             self.sinks >= 0 and (self.sinks == 0 or self.window is not None),
             f"attention: sinks={self.sinks} must be >= 0, and 0 where window={self.window}",
         )
-        require_rotary(self, self.K)
+        r = self.rotary_channels
+        require(r is None or 0 < r <= self.K, f"attention: rotary_channels={r} must be in [1, {self.K}]")
+        require_rotary(self, r or self.K)
 
     @property
     def G(self) -> int:
@@ -116,7 +134,8 @@ class Config:
         return 4 * (self.span * (2 * self.G * self.K + 1) + 1 + self.sinks * 2 * self.G * self.K + window)
 
     def flops_per_token(self, length: int) -> int:
-        projections = self.width * (self.channels + self.heads * self.K) + self.conv * self.channels
+        outputs = (1 + self.gate) * self.heads * self.K
+        projections = self.width * (self.channels + outputs) + self.conv * self.channels
         mix = flops_per_token(length, self.span, self.heads, self.K, self.K, part=not self.plain)
         return 2 * projections + mix + 4 * self.sinks * self.heads * self.K
 
@@ -140,7 +159,12 @@ def init(key: Array, cfg: Config) -> Params:
         params["conv"] = conv_init(conv_key, cfg.conv, cfg.channels)
     if cfg.sink_logit:
         params["sink_logit"] = jnp.zeros(cfg.heads)
-    return params
+    if cfg.gate:
+        params["w_gate"] = weight(jax.random.fold_in(key, 3), cfg.width, cfg.heads * cfg.K)
+    if cfg.qk_norm:
+        scale = jnp.full(cfg.K, 0.0 if cfg.unit_offset else 1.0)
+        params |= {"q_scale": scale, "k_scale": jnp.copy(scale)}
+    return params | ({"out_bias": jnp.zeros(cfg.width)} if cfg.out_bias else {})
 
 
 def init_state(cfg: Config, batch: int) -> State:
@@ -160,14 +184,36 @@ def _projected(params: Params, cfg: Config, x: Array, position: Array) -> Array:
     return dense(x, params["w_qkv"])
 
 
-def _heads(cfg: Config, qkv: Array, position: Array) -> tuple[Array, Array, Array, Array]:
+def _normed(params: Params, cfg: Config, name: str, x: Array) -> Array:
+    scale = params[f"{name}_scale"]
+    return rms_norm(x, 1 + scale if cfg.unit_offset else scale, cfg.eps)
+
+
+def _turned(cfg: Config, x: Array, position: Array) -> Array:
+    turning, rest = jnp.split(x, [cfg.rotary_channels or cfg.K], -1)
+    turned = rotary(turning, position, cfg.rope_base)
+    return turned if cfg.rotary_channels is None else jnp.concatenate([turned, rest], -1)
+
+
+def _heads(params: Params, cfg: Config, qkv: Array, position: Array) -> tuple[Array, Array, Array, Array]:
     """Rotated, scaled q, and the same as the sinks see it, `[..., H, K]`; rotated k and v `[..., G, K]`."""
     qkv = qkv.reshape(*qkv.shape[:-1], -1, cfg.K)
     q, k, v = jnp.split(qkv, [cfg.heads, cfg.heads + cfg.G], -2)
+    if cfg.qk_norm:
+        q, k = _normed(params, cfg, "q", q), _normed(params, cfg, "k", k)
     q = q * cfg.K**-0.5
     farthest = jnp.minimum(position, cfg.sinks + cfg.span - 1)
-    far = rotary(q, farthest, cfg.rope_base) if cfg.sinks else q
-    return rotary(q, position, cfg.rope_base), far, rotary(k, position, cfg.rope_base), v
+    far = _turned(cfg, q, farthest) if cfg.sinks else q
+    return _turned(cfg, q, position), far, _turned(cfg, k, position), v
+
+
+def _output(params: Params, cfg: Config, x: Array, o: Array) -> Array:
+    """Gate and projection of what the heads read, `o [..., H, K]`."""
+    y = merge_heads(o.astype(x.dtype))
+    if cfg.gate:
+        y = y * jax.nn.sigmoid(dense(x, params["w_gate"]))
+    y = dense(y, params["w_out"])
+    return y + params["out_bias"].astype(y.dtype) if cfg.out_bias else y
 
 
 def _kept(cfg: Config, state: State, k: Array, v: Array, position: Array):
@@ -208,7 +254,7 @@ def apply(params, cfg, x, state=None, *, segment_ids=None, implementation=None):
     state = init_state(cfg, x.shape[0]) if state is None else state
     position = positions(state.cache.length, segment_ids, x.shape[1])
     qkv, conv = convolved(params, cfg, _projected(params, cfg, x, position), state.conv, segment_ids)
-    q, far, k, v = _heads(cfg, qkv, position)
+    q, far, k, v = _heads(params, cfg, qkv, position)
     sinks = state.sink_k, state.sink_v
     how = {"segment_ids": segment_ids, "implementation": implementation}
     if cfg.plain:
@@ -216,15 +262,14 @@ def apply(params, cfg, x, state=None, *, segment_ids=None, implementation=None):
     else:
         part, cache = attention_part(q, k, v, cfg.span, cache, **how)
         o, *sinks = _with_sinks(params, cfg, state, part, far, k, v, position, implementation)
-    y = dense(merge_heads(o.astype(x.dtype)), params["w_out"])
-    return y, State(cache, conv, *sinks), {}
+    return _output(params, cfg, x, o), State(cache, conv, *sinks), {}
 
 
 def step(params, cfg, x_t, state):
     """One token: `x_t [B,D] -> (y_t [B,D], State)`."""
     position, sinks = state.cache.length, (state.sink_k, state.sink_v)
     qkv, conv = convolved_step(params, cfg, _projected(params, cfg, x_t, position), state.conv)
-    q, far, k, v = _heads(cfg, qkv, position)
+    q, far, k, v = _heads(params, cfg, qkv, position)
     if cfg.plain:
         o, cache = attention_step(q, k, v, state.cache)
     else:
@@ -232,4 +277,4 @@ def step(params, cfg, x_t, state):
         here = jax.tree.map(lambda a: a[:, None], (part, far, k, v, position))
         o, *sinks = _with_sinks(params, cfg, state, *here)
         o = o[:, 0]
-    return dense(merge_heads(o.astype(x_t.dtype)), params["w_out"]), State(cache, conv, *sinks)
+    return _output(params, cfg, x_t, o), State(cache, conv, *sinks)

@@ -9,7 +9,8 @@ With q, k, v = silu(conv(W x)), q and k of length 1, and per head
 
 Decay comes first: the value is compared with what the decayed memory recalls. `decay=False` (alpha = 1) and
 `gate=False` (no silu factor) are DeltaNet. With `negative_eigenvalues` beta is twice the sigmoid: above 1 the
-memory is reflected along k, which is what tracking of parities and permutations needs.
+memory is reflected along k, which is what tracking of parities and permutations needs. With `key_heads` = G,
+each head of queries and keys serves H / G memories one after the other (Qwen3-Next).
 
 Sources: Yang, Kautz, Hatamizadeh 2024 (arXiv 2412.06464) sec. 3; DeltaNet: Schlag et al. 2021 (arXiv
 2102.11174) and, with convolution, SiLU and unit keys, Yang et al. 2024 (arXiv 2406.06484); negative
@@ -25,7 +26,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
-from layers.checks import require_head_dims, require_not_negative
+from layers.checks import require, require_head_dims, require_not_negative
 from layers.common import (
     Params,
     conv_init,
@@ -37,6 +38,7 @@ from layers.common import (
     weight,
     wide,
 )
+from layers.fields import later
 from layers.heads import HeadDims, merge_heads, unit_heads
 from layers.state_spaces import dt_bias_init, softplus_decay
 from pallas_kernels.gated_delta_rule import flops_per_token, gated_delta_rule, gated_delta_rule_step
@@ -54,13 +56,26 @@ class Config(HeadDims):
     gate: bool = True  # multiply the normalised read by silu(W_gate x)
     negative_eigenvalues: bool = False  # beta in (0, 2) in place of (0, 1)
     conv: int = 4  # taps of the short convolution on q, k, v; 0 for none
+    key_heads: int | None = later(None)  # G heads of queries and keys, each for H / G of values; default H
+    eps: float = later(1e-5)  # of the norm of the read
 
     def __post_init__(self):
         require_head_dims(self)
         require_not_negative(self, "conv")
+        ok = self.G >= 1 and self.heads % self.G == 0
+        require(ok, f"gated_delta_net: key_heads={self.key_heads} does not divide heads={self.heads}")
+
+    @property
+    def G(self) -> int:
+        return self.heads if self.key_heads is None else self.key_heads
+
+    @property
+    def stream(self) -> int:
+        """Channels of q, k and v together."""
+        return 2 * self.G * self.K + self.heads * self.V
 
     def state_bytes(self) -> int:
-        """`4 (H K V + (conv - 1)(2 H K + H V))`."""
+        """`4 (H K V + (conv - 1)(2 G K + H V))`."""
         return 4 * (self.heads * self.K * self.V + max(self.conv - 1, 0) * self.stream)
 
     def flops_per_token(self, length: int) -> int:
@@ -72,7 +87,7 @@ class Config(HeadDims):
 @struct.dataclass
 class State:
     memory: Array  # [B, H, K, V]
-    conv: Array  # [B, conv - 1, 2 H K + H V]
+    conv: Array  # [B, conv - 1, 2 G K + H V]
 
 
 def init(key: Array, cfg: Config) -> Params:
@@ -104,7 +119,10 @@ def init_state(cfg: Config, batch: int) -> State:
 
 def _rule_inputs(params: Params, cfg: Config, x: Array, qkv: Array) -> tuple[Array | None, ...]:
     """The op's q, k, beta v, beta k `[..., H, K or V]` and log decay `[..., H]` or None."""
-    q, k, v = unit_heads(qkv, cfg.heads, cfg.K)
+    q, k, v = unit_heads(qkv, cfg.G, cfg.K)
+    if cfg.heads != cfg.G:
+        q, k = (jnp.repeat(x, cfg.heads // cfg.G, -2) for x in (q, k))
+        v = v.reshape(*v.shape[:-2], cfg.heads, cfg.V)
     beta = jax.nn.sigmoid(wide(dense(x, params["w_beta"])))[..., None] * (1 + cfg.negative_eigenvalues)
     log_decay = None
     if cfg.decay:
@@ -114,7 +132,7 @@ def _rule_inputs(params: Params, cfg: Config, x: Array, qkv: Array) -> tuple[Arr
 
 def _output(params: Params, cfg: Config, x: Array, o: Array) -> Array:
     """Normalise the read `o [..., H, V]`, gate it by x and project."""
-    y = merge_heads(rms_norm(o, params["norm_scale"])).astype(x.dtype)
+    y = merge_heads(rms_norm(o, params["norm_scale"], cfg.eps)).astype(x.dtype)
     if cfg.gate:
         y = y * jax.nn.silu(dense(x, params["w_gate"]))
     return dense(y, params["w_out"])

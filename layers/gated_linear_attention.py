@@ -48,6 +48,7 @@ from layers.common import (
     weight,
     wide,
 )
+from layers.fields import later
 from layers.heads import HeadDims, merge_heads, split_heads
 from pallas_kernels.feature_maps import FEATURE_MAPS
 from pallas_kernels.gated_linear_attention import (
@@ -73,6 +74,7 @@ class Config(HeadDims):
     feature_map: str = "identity"
     normalize: bool = False
     conv: int = 0  # taps of the short convolution on q, k, v; 0 for none
+    eps: float = later(1e-5)  # of the norm of the read
 
     def __post_init__(self):
         require_positive(self, "width", "heads", "gate_rank")
@@ -210,7 +212,7 @@ def _output(params: Params, cfg: Config, x: Array, o: Array) -> Array:
     if cfg.normalize:
         o = o[..., :-1] / (o[..., -1:] + 1e-6)
     else:
-        o = rms_norm(o, params["norm_scale"])
+        o = rms_norm(o, params["norm_scale"], cfg.eps)
     return dense(merge_heads(o) * jax.nn.silu(dense(x, params["w_gate"])), params["w_out"])
 
 

@@ -102,7 +102,7 @@ def rotary_thirds(qkv: Array, heads: int, position: Array, base: float | None) -
     return rotary(q * q.shape[-1] ** -0.5, position, base), rotary(k, position, base), v
 
 
-def gated_output(params: Params, o: Array, gate: Array) -> Array:
+def gated_output(params: Params, o: Array, gate: Array, eps: float = 1e-5) -> Array:
     """`W_out( RMSNorm_head(o) * gate )` for a read `o [..., H, V]` and `gate [..., H V]`, in gate's dtype."""
-    o = merge_heads(rms_norm(o, params["norm_scale"])).astype(gate.dtype)
+    o = merge_heads(rms_norm(o, params["norm_scale"], eps)).astype(gate.dtype)
     return dense(o * gate, params["w_out"])

@@ -37,6 +37,7 @@ from layers.common import (
     weight,
     wide,
 )
+from layers.fields import later
 from layers.heads import HeadDims, gated_output, split_heads, unit_heads
 from layers.state_spaces import dt_bias_init, softplus_decay
 from pallas_kernels.gated_delta_rule import flops_per_token, gated_delta_rule, gated_delta_rule_step
@@ -53,6 +54,8 @@ class Config(HeadDims):
     rank: int | None = None  # of the decay's and the gate's projections; default V
     bound: float | None = None  # the largest decay in one token, None for any
     conv: int = 4  # taps of the short convolution on q, k, v; 0 for none
+    gate_bias: bool = later(True)  # b
+    eps: float = later(1e-5)  # of the norm of the read
 
     def __post_init__(self):
         require_head_dims(self)
@@ -96,10 +99,11 @@ def init(key: Array, cfg: Config) -> Params:
         "dt_bias": dt_bias_init(next(keys), (H, K)),
         "w_gate_down": weight(next(keys), cfg.width, R),
         "w_gate_up": weight(next(keys), R, H * V),
-        "gate_bias": jnp.zeros(H * V),
         "norm_scale": jnp.ones(V),
         "w_out": weight(next(keys), H * V, cfg.width),
     }
+    if cfg.gate_bias:
+        params["gate_bias"] = jnp.zeros(H * V)
     if cfg.conv:
         params["conv"] = conv_init(next(keys), cfg.conv, cfg.stream)
     return params
@@ -127,9 +131,11 @@ def _rule_inputs(params: Params, cfg: Config, x: Array, qkv: Array) -> tuple[Arr
     return q * cfg.K**-0.5, k, beta * v, beta * k, _log_decay(params, cfg, x)
 
 
-def _output(params: Params, x: Array, o: Array) -> Array:
-    logits = low_rank(params, "gate", x) + params["gate_bias"].astype(x.dtype)
-    return gated_output(params, o, jax.nn.sigmoid(logits))
+def _output(params: Params, cfg: Config, x: Array, o: Array) -> Array:
+    logits = low_rank(params, "gate", x)
+    if cfg.gate_bias:
+        logits = logits + params["gate_bias"].astype(x.dtype)
+    return gated_output(params, o, jax.nn.sigmoid(logits), cfg.eps)
 
 
 def apply(params, cfg, x, state=None, *, segment_ids=None, implementation=None):
@@ -142,11 +148,11 @@ def apply(params, cfg, x, state=None, *, segment_ids=None, implementation=None):
         segment_ids=segment_ids,
         implementation=implementation,
     )
-    return _output(params, x, o), State(memory=memory, conv=conv), {}
+    return _output(params, cfg, x, o), State(memory=memory, conv=conv), {}
 
 
 def step(params, cfg, x_t, state):
     """One token: `x_t [B,D] -> (y_t [B,D], State)`."""
     qkv, conv = convolved_step(params, cfg, dense(x_t, params["w_qkv"]), state.conv)
     o, memory = gated_delta_rule_step(*_rule_inputs(params, cfg, x_t, qkv), state.memory)
-    return _output(params, x_t, o), State(memory=memory, conv=conv)
+    return _output(params, cfg, x_t, o), State(memory=memory, conv=conv)

@@ -8,8 +8,8 @@ With E = expand * width channels, N states per channel and a step size of rank R
     out = W_out( y * silu(z) )
 
 B and C are shared by all channels; r, B and C have R, N and N entries. There is no norm inside, unless
-`inner_norm` puts an RMSNorm with a learned scale on each of r, B and C, and the layer replaces both the mixer
-and the MLP of a block.
+`inner_norm` puts an RMSNorm on each of r, B and C, with a learned scale or, as in Falcon Mamba, without
+(`inner_scale`), and the layer replaces both the mixer and the MLP of a block.
 
 Source: Gu & Dao 2023 (arXiv 2312.00752), algorithm 2 and figure 3; initial values of sec. 3.6:
 A_log[c, n] = log(n + 1) for n = 0..N-1 (S4D-real), D = 1, W_dt uniform within 1/sqrt(R), softplus(b_dt)
@@ -26,6 +26,7 @@ from jax import Array
 
 from layers.checks import require_positive
 from layers.common import Params, conv_init, conv_state, dense, rms_norm, wide
+from layers.fields import later
 from layers.state_spaces import dt_bias_init
 from pallas_kernels.selective_scan import flops_per_token, selective_scan, selective_scan_step
 from pallas_kernels.short_conv import short_conv, short_conv_step
@@ -41,6 +42,8 @@ class Config:
     conv: int = 4  # taps of the short convolution
     dt_rank: int | None = None  # R; default ceil(width / 16)
     inner_norm: bool = False  # RMSNorm of r, B and C
+    inner_scale: bool = later(True)  # whether those norms have learned scales
+    inner_eps: float = later(1e-5)  # of those norms
 
     def __post_init__(self):
         require_positive(self, "width", "expand", "state_dim", "conv")
@@ -80,7 +83,7 @@ def init(key: Array, cfg: Config) -> Params:
     keys = iter(jax.random.split(key, 7))
     E, N, R = cfg.channels, cfg.state_dim, cfg.rank
     norms = {"dt_scale": jnp.ones(R), "b_scale": jnp.ones(N), "c_scale": jnp.ones(N)}
-    return (norms if cfg.inner_norm else {}) | {
+    return (norms if cfg.inner_norm and cfg.inner_scale else {}) | {
         "w_in": _uniform(next(keys), cfg.width, cfg.width, 2 * E),
         "conv": conv_init(next(keys), cfg.conv, E),
         "conv_bias": _uniform(next(keys), cfg.conv, E),
@@ -105,7 +108,8 @@ def _dynamics(params: Params, cfg: Config, x: Array) -> tuple[Array, ...]:
     x = jax.nn.silu(x + params["conv_bias"].astype(x.dtype))
     r, b, c = jnp.split(dense(x, params["w_x"]), [cfg.rank, cfg.rank + cfg.state_dim], -1)
     if cfg.inner_norm:
-        r, b, c = (rms_norm(y, params[f"{name}_scale"]) for name, y in (("dt", r), ("b", b), ("c", c)))
+        scales = (params[f"{name}_scale"] if cfg.inner_scale else None for name in ("dt", "b", "c"))
+        r, b, c = (rms_norm(y, scale, cfg.inner_eps) for y, scale in zip((r, b, c), scales, strict=True))
     dt = jax.nn.softplus(wide(dense(r, params["w_dt"])) + params["dt_bias"])
     return x, dt, -jnp.exp(wide(params["A_log"])), b, c, params["D"]
 

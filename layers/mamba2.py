@@ -26,6 +26,7 @@ from jax import Array
 
 from layers.checks import require, require_expanded_heads, require_positive
 from layers.common import Params, conv_init, conv_state, dense, rms_norm, weight, wide
+from layers.fields import later
 from layers.heads import ExpandedHeads, merge_heads
 from layers.state_spaces import dt_bias_init
 from pallas_kernels.gated_linear_attention import (
@@ -46,6 +47,7 @@ class Config(ExpandedHeads):
     state_dim: int = 128  # N
     groups: int = 1  # G pairs of B and C
     conv: int = 4  # taps of the short convolution
+    eps: float = later(1e-5)  # of the norm
 
     def __post_init__(self):
         require_expanded_heads(self)
@@ -117,7 +119,8 @@ def _output(params: Params, cfg: Config, u: Array, y: Array, x: Array, z: Array)
     """Skip, gate, norm by groups and projection of the read `y [..., H, P]`."""
     y = merge_heads(y + params["D"][:, None] * x) * jax.nn.silu(wide(z))
     grouped = y.reshape(*y.shape[:-1], cfg.groups, -1)
-    return dense((merge_heads(rms_norm(grouped)) * params["norm_scale"]).astype(u.dtype), params["w_out"])
+    normed = merge_heads(rms_norm(grouped, eps=cfg.eps)) * params["norm_scale"]
+    return dense(normed.astype(u.dtype), params["w_out"])
 
 
 def apply(params, cfg, x, state=None, *, segment_ids=None, implementation=None):

@@ -9,9 +9,9 @@ positions: o_t = sum_j gamma^(t-j) (R_{t-j} W_q x_t) . k_j v_j. Values are twice
 
 Source: Sun et al. 2023 (arXiv 2307.08621), sec. 2.1 (retention: parallel, recurrent and chunkwise forms) and
 2.2 (decays, gate, norm). Readings: the paper's GroupNorm is an RMSNorm per head, as published code has it;
-it has no scale and an eps of 1e-8, because reads are small at the start and an eps of the usual size would
-shrink them, which the paper's three rescalings (all undone by the norm) are there to avoid. Pairs are
-(i, i + K/2) with frequencies 10000^(-2i/K).
+it has no scale and an eps of 1e-8 unless told otherwise, because reads are small at the start and an eps of
+the usual size would shrink them, which the paper's three rescalings (all undone by the norm) are there to
+avoid. Pairs are (i, i + K/2) with frequencies 10000^(-2i/K).
 """
 
 from dataclasses import dataclass
@@ -23,6 +23,7 @@ from jax import Array
 
 from layers.checks import require, require_divides, require_positive
 from layers.common import Params, dense, rms_norm, rotary, weight
+from layers.fields import later
 from layers.heads import dense_heads, merge_heads
 from pallas_kernels.attention import positions
 from pallas_kernels.gated_linear_attention import (
@@ -41,6 +42,8 @@ class Config:
     key_dim: int | None = None  # K per head, even; default width / heads
     value_dim: int | None = None  # V per head; default 2 width / heads
     rope_base: float = 10000.0
+    scale: bool = later(False)  # the norm of the read has a learned scale
+    eps: float = later(1e-8)  # of that norm
 
     def __post_init__(self):
         require_positive(self, "width", "heads")
@@ -77,7 +80,8 @@ def init(key: Array, cfg: Config) -> Params:
     """Projections with unit-variance outputs."""
     q_key, k_key, v_key, gate_key, out_key = jax.random.split(key, 5)
     keys, values = cfg.heads * cfg.K, cfg.heads * cfg.V
-    return {
+    norm = {"norm_scale": jnp.ones(cfg.V)} if cfg.scale else {}
+    return norm | {
         "w_q": weight(q_key, cfg.width, keys),
         "w_k": weight(k_key, cfg.width, keys),
         "w_v": weight(v_key, cfg.width, values),
@@ -101,8 +105,8 @@ def _inputs(params: Params, cfg: Config, x: Array, position: Array) -> tuple[Arr
     return q, k * cfg.K**-0.5, dense_heads(x, params["w_v"], cfg.heads), log_decay
 
 
-def _output(params: Params, x: Array, o: Array) -> Array:
-    o = merge_heads(rms_norm(o, eps=1e-8))
+def _output(params: Params, cfg: Config, x: Array, o: Array) -> Array:
+    o = merge_heads(rms_norm(o, params["norm_scale"] if cfg.scale else None, cfg.eps))
     return dense(jax.nn.silu(dense(x, params["w_gate"])) * o, params["w_out"])
 
 
@@ -116,10 +120,10 @@ def apply(params, cfg, x, state=None, *, segment_ids=None, implementation=None):
         segment_ids=segment_ids,
         implementation=implementation,
     )
-    return _output(params, x, o), State(memory=memory, position=position[:, -1] + 1), {}
+    return _output(params, cfg, x, o), State(memory=memory, position=position[:, -1] + 1), {}
 
 
 def step(params, cfg, x_t, state):
     """One token: `x_t [B,D] -> (y_t [B,D], State)`."""
     o, memory = gated_linear_attention_step(*_inputs(params, cfg, x_t, state.position), state.memory)
-    return _output(params, x_t, o), State(memory=memory, position=state.position + 1)
+    return _output(params, cfg, x_t, o), State(memory=memory, position=state.position + 1)

@@ -5,16 +5,23 @@ import jax.numpy as jnp
 from jax import Array
 
 
-def route(logits: Array, k: int) -> tuple[Array, Array, Array]:
+def route(logits: Array, k: int, renormalise: bool = True) -> tuple[Array, Array, Array]:
     """Weights, choices and probabilities of one token or many, each `[..., M]` as the logits are.
 
-    With p = softmax(logits) the k largest p are chosen and scaled to sum to one; the other weights are 0.
+    With p = softmax(logits) the k largest p are chosen and, unless told otherwise, scaled to sum to one; the
+    other weights are 0.
     """
     probabilities = jax.nn.softmax(logits)
-    _, best = jax.lax.top_k(probabilities, k)
-    chosen = jnp.any(best[..., None] == jnp.arange(logits.shape[-1]), -2)
-    weights = jnp.where(chosen, probabilities, 0)
-    return weights / jnp.sum(weights, -1, keepdims=True), chosen, probabilities
+    weights, chosen = chosen_weights(probabilities, probabilities, k, renormalise)
+    return weights, chosen, probabilities
+
+
+def chosen_weights(p: Array, scores: Array, k: int, renormalise: bool = True) -> tuple[Array, Array]:
+    """p where one of the k largest `scores` is, else 0, and where that is; all `[..., M]`."""
+    _, best = jax.lax.top_k(scores, k)
+    chosen = jnp.any(best[..., None] == jnp.arange(p.shape[-1]), -2)
+    weights = jnp.where(chosen, p, 0)
+    return weights / jnp.sum(weights, -1, keepdims=True) if renormalise else weights, chosen
 
 
 def balance(chosen: Array, probabilities: Array) -> tuple[Array, Array, Array]:

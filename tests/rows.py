@@ -19,6 +19,22 @@ ROWS = {
     "attention-sinks": registry.config(
         "attention", WIDTH, heads=4, kv_heads=2, window=5, sinks=3, sink_logit=True
     ),
+    "attention-published": registry.config(
+        "attention",
+        WIDTH,
+        heads=2,
+        head_dim=6,
+        kv_heads=1,
+        rotary_channels=4,
+        qk_norm=True,
+        unit_offset=True,
+        gate=True,
+        out_bias=True,
+        window=9,
+    ),
+    "latent_attention": registry.config(
+        "latent_attention", WIDTH, heads=2, latent=5, shared=2, key_dim=3, value_dim=4, max_length=64
+    ),
     "s4": registry.config("s4", WIDTH, state_dim=8),
     "s4-legt": registry.config("s4", WIDTH, state_dim=8, measure="legt", sets=2),
     "s4d": registry.config("s4d", WIDTH, state_dim=8),
@@ -33,6 +49,9 @@ ROWS = {
     "dss-softmax": registry.config("dss", WIDTH, state_dim=8, softmax_length=50),
     "mamba": registry.config("mamba", WIDTH, state_dim=4),
     "mamba-norm": registry.config("mamba", WIDTH, state_dim=4, dt_rank=3, inner_norm=True),
+    "mamba-plain-norm": registry.config(
+        "mamba", WIDTH, state_dim=4, dt_rank=3, inner_norm=True, inner_scale=False
+    ),
     "mamba2": registry.config("mamba2", WIDTH, state_dim=4, head_dim=4, groups=2),
     "mamba3": registry.config("mamba3", WIDTH, state_dim=4, head_dim=8, rank=2),
     "mamba3-siso": registry.config("mamba3", WIDTH, state_dim=4, head_dim=8, rank=1),
@@ -43,6 +62,9 @@ ROWS = {
     "retention": registry.config("retention", WIDTH, heads=2),
     "delta_net": registry.config("delta_net", WIDTH, heads=2, negative_eigenvalues=True),
     "gated_delta_net": registry.config("gated_delta_net", WIDTH, heads=2, key_dim=3),
+    "gated_delta_net-grouped": registry.config(
+        "gated_delta_net", WIDTH, heads=4, key_heads=2, key_dim=3, value_dim=2
+    ),
     "kda": registry.config("kda", WIDTH, heads=2),
     "gdn2": registry.config("gdn2", WIDTH, heads=2, value_dim=3),
     "delta_product": registry.config("delta_product", WIDTH, heads=2, steps=2),
@@ -50,6 +72,7 @@ ROWS = {
     "comba": registry.config("comba", WIDTH, heads=2),
     "rwkv7": registry.config("rwkv7", WIDTH, head_dim=4, decay_rank=3, rate_rank=3, gate_rank=5),
     "momentum_delta": registry.config("momentum_delta", WIDTH, heads=2),
+    "retnet-scaled": registry.config("retnet", WIDTH, heads=2, scale=True, eps=1e-6),
     "retnet": registry.config("retnet", WIDTH, heads=2),
     "lightning_attention": registry.config("lightning_attention", WIDTH, heads=2),
     "hgrn2": registry.config("hgrn2", WIDTH, head_dim=4, lower_bound=0.8),
@@ -87,7 +110,7 @@ ROWS = {
 FIRST_ROWS = set({registry.module(cfg): name for name, cfg in reversed(ROWS.items())}.values())
 
 # Full attention is quadratic in T: the very long sequence runs through its windowed row only.
-LONG_ROWS = {name: cfg for name, cfg in ROWS.items() if name != "attention"}
+LONG_ROWS = {name: cfg for name, cfg in ROWS.items() if name not in ("attention", "latent_attention")}
 
 # The memory that learns from what it recalled is chaotic for some parameters (see the layer): the very long
 # sequence is run at its initial values.

@@ -154,6 +154,10 @@ def test_only_attention_pays_for_length(name):
     """Beyond its chunks, or its window, a token costs the same at every length."""
     cfg = registry.config(name, 128)
     short, long, longest = (cfg.flops_per_token(length) for length in (1024, 2048, 65_536))
+    if name == "latent_attention":
+        # Products with latents, as keys with what the heads share.
+        assert long - short == 1024 * cfg.heads * (4 * cfg.latent + 2 * cfg.shared + 6)
+        return
     if name == "attention":
         # Two products of 2 K and six for the softmax, for each head and each token more.
         assert long - short == 1024 * (4 * cfg.width + 6 * cfg.heads)

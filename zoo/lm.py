@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from layers.checks import require_positive
-from layers.common import Params, rms_norm, weight
+from layers.checks import require, require_positive
+from layers.common import Params, weight
+from layers.fields import later
 from zoo import blocks
 
 
@@ -23,9 +24,12 @@ class Config(blocks.Config):
 
     vocab_size: int
     tie: bool = True  # the head is the transposed embedding
+    embed_scale: float = later(1.0)  # multiplies embeddings, not the head
+    logit_cap: float | None = later(None)  # c: logits are c tanh(logits / c)
 
     def __post_init__(self):
         require_positive(self, "vocab_size")
+        require(self.logit_cap is None or self.logit_cap > 0, f"logit_cap={self.logit_cap} must be > 0")
         super().__post_init__()
 
 
@@ -35,7 +39,7 @@ def init(key: Array, cfg: Config) -> Params:
     params = {
         "w_embed": 0.02 * jax.random.normal(embed_key, (cfg.vocab_size, cfg.width)),
         "blocks": blocks.init(trunk_key, cfg),
-        "norm_final": jnp.ones(cfg.width),
+        "norm_final": blocks.init_norm(cfg, cfg.blocks[-1]),
     }
     if not cfg.tie:
         params["w_head"] = weight(head_key, cfg.width, cfg.vocab_size)
@@ -45,6 +49,16 @@ def init(key: Array, cfg: Config) -> Params:
 def init_state(cfg: Config, batch: int):
     """The empty state: what every block remembers of an empty past."""
     return blocks.init_state(cfg, batch)
+
+
+def _embedded(params: Params, cfg: Config, tokens: Array, dtype) -> Array:
+    x = params["w_embed"].astype(dtype or params["w_embed"].dtype)[tokens]
+    return x if cfg.embed_scale == 1 else x * jnp.asarray(cfg.embed_scale, x.dtype)
+
+
+def _final(params: Params, cfg: Config, x: Array) -> Array:
+    """The final norm, which is as those of the last block."""
+    return cfg.blocks[-1].norm(x, params["norm_final"])
 
 
 def hidden(
@@ -61,17 +75,18 @@ def hidden(
 
     For losses that need logits only at some positions, or chunk by chunk: see `logits`.
     """
-    x = params["w_embed"].astype(dtype or params["w_embed"].dtype)[tokens]
+    x = _embedded(params, cfg, tokens, dtype)
     x, state, aux = blocks.apply(
         params["blocks"], cfg, x, state, segment_ids=segment_ids, implementation=implementation
     )
-    return rms_norm(x, params["norm_final"]), state, aux
+    return _final(params, cfg, x), state, aux
 
 
 def logits(params: Params, cfg: Config, h: Array) -> Array:
     """The head: `h [..., D] -> [..., vocab]`, at least float32."""
     w = params["w_embed"].T if cfg.tie else params["w_head"]
-    return jnp.dot(h, w.astype(h.dtype), preferred_element_type=jnp.promote_types(h.dtype, jnp.float32))
+    y = jnp.dot(h, w.astype(h.dtype), preferred_element_type=jnp.promote_types(h.dtype, jnp.float32))
+    return y if cfg.logit_cap is None else cfg.logit_cap * jnp.tanh(y / cfg.logit_cap)
 
 
 def apply(params, cfg, tokens, state=None, *, segment_ids=None, implementation=None, dtype=None):
@@ -84,9 +99,9 @@ def apply(params, cfg, tokens, state=None, *, segment_ids=None, implementation=N
 
 def step(params: Params, cfg: Config, token: Array, state, *, dtype=None):
     """One token: `token [B] -> (logits [B,vocab], state)`."""
-    x = params["w_embed"].astype(dtype or params["w_embed"].dtype)[token]
+    x = _embedded(params, cfg, token, dtype)
     x, state = blocks.step(params["blocks"], cfg, x, state)
-    return logits(params, cfg, rms_norm(x, params["norm_final"])), state
+    return logits(params, cfg, _final(params, cfg, x)), state
 
 
 def param_count(cfg: Config) -> int:

@@ -25,6 +25,7 @@ class Entry(NamedTuple):
 
 LAYERS: dict[str, Entry] = {
     "attention": Entry("attention", "blocks"),
+    "latent_attention": Entry("latent_attention", "blocks"),
     "s4": Entry("s4", "convolution"),
     "s4d": Entry("s4d", "convolution"),
     "lru": Entry("lru", "scan"),

@@ -53,9 +53,12 @@ class About(NamedTuple):
 def described(cfg: lm.Config) -> dict[str, Any]:
     """What decides what a model computes, as `field: value`, layers in order."""
     fields = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg) if f.name not in UNTOUCHED}
-    for number, layer in enumerate(cfg.layers):
+    for number, block in enumerate(cfg.blocks):
+        own = {f.name: getattr(block, f.name) for f in dataclasses.fields(block)}
+        layer = own.pop("mixer")
         fields[f"blocks.{number}.layer"] = type(layer).__module__.removeprefix("layers.")
         fields |= {f"blocks.{number}.{f.name}": getattr(layer, f.name) for f in dataclasses.fields(layer)}
+        fields |= {f"blocks.{number}.block.{name}": value for name, value in own.items()}
     return json.loads(json.dumps(fields, default=repr))
 
 
