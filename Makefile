@@ -15,8 +15,8 @@ quickstart: $(READY)  ## train five families and attention on one task, and put 
 test: $(READY)  ## the tests of every round of work
 	.venv/bin/python -m pytest -n 2 -m "not deep"
 
-test-deep: $(READY)  ## bfloat16, extreme gates, 65,536 tokens, sharding and resumed training of every layer
-	.venv/bin/python -m pytest -n 2 -m deep
+test-deep: $(READY)  ## bfloat16, extreme gates, 65,536 tokens, sharding, resumed training; PART=1/3 for a third
+	.venv/bin/python -m pytest -n 2 -m deep $(if $(PART),--part $(PART))
 
 test-all: test test-deep  ## the whole test suite
 

@@ -4,6 +4,7 @@ import gc
 import os
 import pathlib
 import re
+import zlib
 
 # Four fake devices for shard_map. Nearly all the time of these tests is compilation of small programs: no
 # optimisation of their code (JAX_DISABLE_MOST_OPTIMIZATIONS is without effect here).
@@ -39,6 +40,7 @@ def pytest_addoption(parser):
     parser.addoption(
         "--layer", metavar="FILE", help="a layer of your own, for the conformance suite in place of the rows"
     )
+    parser.addoption("--part", metavar="K/N", help="one of N parts of the tests, the same at every run")
     parser.addoption(
         "--record-kernels",
         action="store_true",
@@ -78,8 +80,21 @@ def row_of(nodeid):
     return found[1] if found else nodeid
 
 
-def pytest_collection_modifyitems(items):
-    """Row by row, so that the tests of a row share what is compiled for it."""
+def part_of(text):
+    """`K/N` as numbers, K from 1 to N."""
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not found or not 1 <= int(found[1]) <= int(found[2]):
+        raise pytest.UsageError(f"--part {text}: K/N is wanted, K from 1 to N")
+    return int(found[1]), int(found[2])
+
+
+def pytest_collection_modifyitems(config, items):
+    """Row by row, so that the tests of a row share what is compiled for it; whole rows make a part."""
+    if config.getoption("part"):
+        number, parts = part_of(config.getoption("part"))
+        apart = {item: zlib.crc32(row_of(item.nodeid).encode()) % parts + 1 == number for item in items}
+        config.hook.pytest_deselected(items=[item for item in items if not apart[item]])
+        items[:] = [item for item in items if apart[item]]
     order = {row_of(item.nodeid): place for place, item in reversed(list(enumerate(items)))}
     items.sort(key=lambda item: order[row_of(item.nodeid)])
 
