@@ -14,23 +14,37 @@ import optax
 
 from experiments.config import Optimizer
 
+Numbers = dict[str, float]
 
-def schedule(cfg: Optimizer, steps: int, peak: float | None = None) -> optax.Schedule:
-    """Learning rate of update 0, 1, ..., `steps` - 1: a linear rise to `peak` (default `cfg.lr`), then
 
-    "cosine" falls along half a cosine to `min_lr_ratio * peak`; "wsd" stays, and falls linearly over the last
+def numbers(cfg: Optimizer, steps: int) -> Numbers:
+    """What differs between runs of one program: rates, decay, and the course of `steps` updates."""
+    hold = steps - cfg.decay_fraction * steps if cfg.schedule == "wsd" else cfg.warmup_steps
+    return {
+        "lr": float(cfg.lr),
+        "ssm_lr": float(min(cfg.lr, cfg.ssm_lr)),
+        "rise": float(max(cfg.warmup_steps, 1)),
+        "hold": float(hold),  # the update at which the fall begins
+        "fall": float(max(steps - hold, 1)),  # how many it takes
+        "min_lr_ratio": float(cfg.min_lr_ratio),
+        "weight_decay": float(cfg.weight_decay),
+    }
+
+
+def schedule(kind: str, of: Numbers, peak: str = "lr") -> optax.Schedule:
+    """Learning rate of update 0, 1, ...: a linear rise to `of[peak]`, then
+
+    "cosine" falls along half a cosine to `min_lr_ratio` of it; "wsd" stays, and falls linearly over the last
     `decay_fraction` of the run; "constant" stays.
     """
-    peak = cfg.lr if peak is None else peak
-    hold = steps - cfg.decay_fraction * steps if cfg.schedule == "wsd" else cfg.warmup_steps
 
     def rate(count):
-        rise = jnp.minimum(1.0, (count + 1) / max(cfg.warmup_steps, 1))
-        if cfg.schedule == "constant":
-            return peak * rise
-        done = jnp.clip((count - hold) / max(steps - hold, 1), 0.0, 1.0)
-        fall = 0.5 * (1 + jnp.cos(jnp.pi * done)) if cfg.schedule == "cosine" else 1 - done
-        return peak * rise * (cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * fall)
+        rise = jnp.minimum(1.0, (count + 1) / of["rise"])
+        if kind == "constant":
+            return of[peak] * rise
+        done = jnp.clip((count - of["hold"]) / of["fall"], 0.0, 1.0)
+        fall = 0.5 * (1 + jnp.cos(jnp.pi * done)) if kind == "cosine" else 1 - done
+        return of[peak] * rise * (of["min_lr_ratio"] + (1 - of["min_lr_ratio"]) * fall)
 
     return rate
 
@@ -45,15 +59,15 @@ def _groups(params):
     return jax.tree_util.tree_map_with_path(group, params)
 
 
-def make(cfg: Optimizer, steps: int) -> optax.GradientTransformation:
-    """Clip, Adam, decoupled decay, learning rate."""
-    usual = optax.scale_by_learning_rate(schedule(cfg, steps))
-    slow = optax.scale_by_learning_rate(schedule(cfg, steps, min(cfg.lr, cfg.ssm_lr)))
+def make(cfg: Optimizer, of: Numbers) -> optax.GradientTransformation:
+    """Clip, Adam, decoupled decay, learning rate; `of` are the `numbers` of `cfg`, arrays if need be."""
+    usual = optax.scale_by_learning_rate(schedule(cfg.schedule, of))
+    slow = optax.scale_by_learning_rate(schedule(cfg.schedule, of, "ssm_lr"))
     return optax.chain(
         optax.identity() if cfg.clip_norm is None else optax.clip_by_global_norm(cfg.clip_norm),
         optax.scale_by_adam(cfg.beta1, cfg.beta2, cfg.eps),
         optax.add_decayed_weights(
-            cfg.weight_decay, lambda params: jax.tree.map(lambda name: name == "decay", _groups(params))
+            of["weight_decay"], lambda params: jax.tree.map(lambda name: name == "decay", _groups(params))
         ),
         optax.multi_transform({"decay": usual, "plain": usual, "ssm": slow}, _groups),
     )

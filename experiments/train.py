@@ -14,7 +14,7 @@ import statistics
 import threading
 import time
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, lru_cache, partial
 from pathlib import Path
 from types import ModuleType
@@ -27,7 +27,7 @@ from flax import struct
 from jax import Array
 
 from experiments import optimizer, state_passing
-from experiments.config import Run
+from experiments.config import Optimizer, Run
 from experiments.directory import Directory
 from experiments.evaluate import evaluate
 from experiments.losses import continued_losses, model_losses
@@ -75,7 +75,7 @@ def init_state(run: Run, key: Array) -> TrainState:
     """Step 0."""
     params = model_module(run.model).init(key, run.model)
     zero = jnp.zeros((), jnp.int32)
-    opt_state = optimizer.make(run.optimizer, run.steps).init(params)
+    opt_state = optimizer.make(run.optimizer, optimizer.numbers(run.optimizer, run.steps)).init(params)
     return TrainState(zero, zero, zero, params, opt_state, state_passing.first(run, key))
 
 
@@ -115,15 +115,16 @@ def accumulated_gradient(run: Run, params: Any, batch: dict[str, Array], state: 
 
 
 def make_train_step(run: Run):
-    """`(state, batch) -> (state, metrics)`.
+    """`(state, batch, numbers=those of the run's optimizer) -> (state, metrics)`.
 
     When the loss or the gradient is not finite, parameters and optimiser stay as they are, and so does the
     schedule, which counts the updates that were made.
     """
-    update = optimizer.make(run.optimizer, run.steps).update
-    rate = optimizer.schedule(run.optimizer, run.steps)
+    own = optimizer.numbers(run.optimizer, run.steps)
 
-    def train_step(state: TrainState, batch: dict[str, Array]):
+    def train_step(state: TrainState, batch: dict[str, Array], numbers: optimizer.Numbers = own):
+        update = optimizer.make(run.optimizer, numbers).update
+        rate = optimizer.schedule(run.optimizer.schedule, numbers)
         begun = state_passing.begin(run, state.passed, state.step)
         grads, loss, sums, aux, last = accumulated_gradient(run, state.params, batch, begun)
         norm = optax.tree.norm(grads)
@@ -154,18 +155,39 @@ class _Compiled:
     def __init__(self, step):
         self.step, self.made, self.seconds = jax.jit(step, donate_argnums=0), {}, 0.0
 
-    def __call__(self, state: TrainState, batch: dict[str, Array]):
+    def __call__(self, state: TrainState, batch: dict[str, Array], numbers: optimizer.Numbers):
         shapes = tuple(sorted((name, x.shape, x.dtype.name) for name, x in batch.items()))
         if shapes not in self.made:
             start = time.perf_counter()
-            self.made[shapes] = self.step.lower(state, batch).compile()
+            self.made[shapes] = self.step.lower(state, batch, numbers).compile()
             self.seconds += time.perf_counter() - start
-        return self.made[shapes](state, batch)
+        return self.made[shapes](state, batch, numbers)
+
+
+@dataclass(frozen=True)
+class _AnyData:
+    """In the place of data, which no program depends on."""
+
+    def build(self):
+        raise NotImplementedError
+
+
+def _programs(run: Run):
+    """`(key -> state, (state, batch, numbers) -> (state, metrics))`, compiled.
+
+    Runs that differ in their seed, length, data or the numbers of their optimizer share them.
+    """
+    mine = run.optimizer
+    shape = Optimizer(
+        schedule=mine.schedule, beta1=mine.beta1, beta2=mine.beta2, eps=mine.eps, clip_norm=mine.clip_norm
+    )
+    fields = ("model", "batch_size", "accumulate", "compute_dtype", "loss_chunk")
+    fields += ("initial_state", "state_scale")
+    return _compiled(Run(data=_AnyData(), optimizer=shape, **{name: getattr(run, name) for name in fields}))
 
 
 @lru_cache(8)
-def _programs(run: Run):
-    """`(key -> state, step)`, compiled; runs that differ by their seed share them."""
+def _compiled(run: Run):
     return jax.jit(partial(init_state, run)), _Compiled(make_train_step(run))
 
 
@@ -231,7 +253,8 @@ class _Loop:
 
     def __init__(self, run: Run, source: Any, home: Directory | None):
         self.run, self.source, self.home = run, source, home
-        self.initial, self.step = _programs(replace(run, seed=0))
+        self.initial, self.step = _programs(run)
+        self.numbers = optimizer.numbers(run.optimizer, run.steps)
         self.pending: tuple[int, Any] | None = None  # the metrics not yet read
         self.evaluation: dict[str, float] = {}
         self.samples: Writer | None = None
@@ -259,7 +282,7 @@ class _Loop:
             batch = jax.device_put(self.source.batch(run.seed, self.done, run.batch_size))
             if not self.tokens:
                 self._measure(batch)
-            self.state, metrics = self.step(self.state, batch)
+            self.state, metrics = self.step(self.state, batch, self.numbers)
             self._read()  # of the step before: the device is never kept waiting for the host
             self.done += 1
             self.pending = (self.done, metrics)

@@ -231,7 +231,8 @@ def test_labels_at_positions_equal_labels_everywhere(float32):
     ],
 )
 def test_schedules(settings, wanted):
-    rate = optimizer.schedule(Optimizer(lr=3.0, **settings), 100)
+    cfg = Optimizer(lr=3.0, **settings)
+    rate = optimizer.schedule(cfg.schedule, optimizer.numbers(cfg, 100))
     for step, value in wanted.items():
         assert float(rate(step)) == pytest.approx(3 * value, abs=1e-12)
 
@@ -245,7 +246,7 @@ def test_groups_of_parameters():
     assert labels["blocks"][0][0]["mixer"] == names
 
     def moved(gradient):
-        transform = optimizer.make(cfg, 10)
+        transform = optimizer.make(cfg, optimizer.numbers(cfg, 10))
         grads = jax.tree.map(lambda p: gradient * jnp.ones_like(p), params)
         updates, _ = transform.update(grads, transform.init(params), params)
         return {n: float(u[0]) for n, u in updates["blocks"][0][0]["mixer"].items()}
@@ -267,7 +268,8 @@ def test_every_layer_parameter_has_a_group():
 
 def test_gradients_are_clipped_together():
     params = {"w_a": jnp.zeros(1), "b": jnp.zeros(1)}
-    transform = optimizer.make(Optimizer(lr=1.0, schedule="constant", eps=1e6, clip_norm=1.0), 10)
+    cfg = Optimizer(lr=1.0, schedule="constant", eps=1e6, clip_norm=1.0)
+    transform = optimizer.make(cfg, optimizer.numbers(cfg, 10))
     updates, _ = transform.update(
         {"w_a": jnp.array([30.0]), "b": jnp.array([40.0])}, transform.init(params), params
     )
@@ -298,13 +300,14 @@ def test_accumulation_is_one_large_batch(float32, monkeypatch):
 
 def test_a_step_that_is_not_finite_is_as_if_it_had_not_been(float32):
     initial, step = train._programs(POISONED)
+    rates = optimizer.numbers(POISONED.optimizer, POISONED.steps)
     # The third is poisoned.
     batches = [jax.device_put(POISONED.data.batch(0, number, 4)) for number in (0, 1, 3, 2)]
 
     def after(numbers):
         state = initial(jax.random.key(0))
         for number in numbers:
-            state, metrics = step(state, batches[number])
+            state, metrics = step(state, batches[number], rates)
         return state, metrics
 
     with_bad, metrics = after([0, 1, 2, 3, 1])
@@ -452,6 +455,21 @@ def test_seeds_differ_and_share_their_programs(straight):
     assert other.summary["loss"] != straight[1].summary["loss"]
     _, step = train._programs(replace(RUN, seed=0))
     assert len(step.made) == 1
+
+
+def test_runs_of_other_rates_and_lengths_share_a_program(straight):
+    """Rates are what they say all the same: such a run is that of a program of its own."""
+    _, step = train._programs(RUN)
+    other = replace(RUN, steps=5, log_every=1, optimizer=Optimizer(lr=2e-3, warmup_steps=2, weight_decay=0.3))
+    shared = quiet(other)
+    assert train._programs(other)[1] is step
+    assert len(step.made) == 1
+    train._compiled.cache_clear()
+    alone = quiet(other)
+    assert_bits(shared.params, alone.params)
+    rate = optimizer.schedule("cosine", optimizer.numbers(other.optimizer, 5))
+    seen = [row["lr"] for row in alone.rows if row["kind"] == "train"]
+    np.testing.assert_allclose(seen, [rate(i) for i in range(5)], rtol=1e-6)
 
 
 def test_without_a_directory_nothing_is_written(float32, tmp_path, monkeypatch, capsys):

@@ -54,7 +54,7 @@ def run(corpus: str, layer: str, width: int, token_budget: int) -> Run:
 POINTS = product(
     axis("corpus", *CORPORA),
     axis("layer", *LAYERS),
-    axis("token_budget", *BUDGETS),
     axis("width", *WIDTHS),
+    axis("token_budget", *BUDGETS),  # next to each other: they share a compiled program
 )
 config = Sweep.of("scaling of six memories", POINTS, run)
