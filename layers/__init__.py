@@ -17,6 +17,18 @@ Every `Config` has `width` and answers two questions from numbers alone:
 `state_bytes()` (float32, one sequence) and `flops_per_token(length)` (forward, one token of a sequence of
 `length`, one multiply-add = 2 FLOPs, as executed by the chunkwise form).
 
+A Config may have `over_depth`, functions of parameters by name: a model puts its layers' arrays
+`[layers, ...]`, bottom to top, through them and gives each layer its row of what comes out.
+
+A Config may have `side`, a number of channels. Where it is not 0, `apply` and `step` also take
+`side [B,T,side]` or `[B,side]`, which blocks hand upwards at every token, 0 below the first that does, and
+then return as their last value what the next block is to get. Without it they return what others do.
+
+A sequence may be cut over devices (`zoo/shards.py`). Any layer works then, by taking turns. One whose ops,
+convolutions and token shifts are those of this package, and which reads nothing of its state but what it
+hands to them, needs no turns: its Config says `sequence_way = "scan"` ("halo" where the state is a window,
+"ring" where it is the whole past).
+
 Names of parameters carry meaning for the optimiser:
 `w_*` are weight matrices (decayed; `w_out` is the projection back to the model width, which a model scales
 by its depth); `ssm_*` are the dynamics of a time-invariant state space (no decay, their own learning rate);

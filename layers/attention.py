@@ -20,9 +20,13 @@ R_p q_i . R_j k_j with p = S + w - 1. With `sink_logit` the softmax has one more
 denominator, b_h a number learned per head that starts at 0: the + 1 with which a head may attend to nothing
 (gpt-oss, arXiv 2508.10925). Published models differ in the rest: positions may turn only a part of each head
 (`rotary_channels`), q and k may be normalised (`qk_norm`; Henry et al. 2020, arXiv 2010.04245), and what the
-heads read may pass a gate (`gate`; Qiu et al. 2025, arXiv 2505.06708).
+heads read may pass a gate (`gate`; Qiu et al. 2025, arXiv 2505.06708). A layer that shares its weights with
+others may add matrices of rank r of its own, zero at first, to those of q, k and v (`adapter`; Hu et al.
+2021, arXiv 2106.09685; Glorioso et al. 2024, arXiv 2411.15242), and it may read more channels than it writes
+(`out_width`).
 """
 
+import dataclasses
 from dataclasses import dataclass
 
 import jax
@@ -39,6 +43,8 @@ from layers.checks import (
 )
 from layers.common import (
     Params,
+    adapted,
+    adapter_init,
     conv_init,
     conv_state,
     convolved,
@@ -51,6 +57,7 @@ from layers.common import (
 )
 from layers.fields import later
 from layers.heads import merge_heads
+from pallas_kernels import sequence
 from pallas_kernels.attention import (
     Cache,
     attention,
@@ -87,6 +94,9 @@ class Config:
     eps: float = later(1e-5)  # of those norms
     gate: bool = later(False)  # multiply what the heads read by sigmoid(W_gate x)
     out_bias: bool = later(False)
+    out_width: int | None = later(None)  # channels of y; default D
+    scale: float | None = later(None)  # of q; default 1 / sqrt(K)
+    adapter: int = later(0)  # r; 0 for none
 
     def __post_init__(self):
         require_positive(self, "width", "heads", "max_length", "G", "span")
@@ -96,7 +106,8 @@ class Config:
             self.heads % self.G == 0,
             f"attention: kv_heads={self.kv_heads} does not divide heads={self.heads}",
         )
-        require_not_negative(self, "conv")
+        require_not_negative(self, "conv", "adapter")
+        require(self.out_width is None or self.out_width >= 1, f"attention: out_width={self.out_width} < 1")
         require(
             self.sinks >= 0 and (self.sinks == 0 or self.window is not None),
             f"attention: sinks={self.sinks} must be >= 0, and 0 where window={self.window}",
@@ -118,6 +129,10 @@ class Config:
         return self.max_length if self.window is None else self.window
 
     @property
+    def sequence_way(self) -> str:
+        return "ring" if self.window is None else "halo"
+
+    @property
     def plain(self) -> bool:
         """Without sinks of either kind."""
         return not self.sinks and not self.sink_logit
@@ -134,8 +149,9 @@ class Config:
         return 4 * (self.span * (2 * self.G * self.K + 1) + 1 + self.sinks * 2 * self.G * self.K + window)
 
     def flops_per_token(self, length: int) -> int:
-        outputs = (1 + self.gate) * self.heads * self.K
-        projections = self.width * (self.channels + outputs) + self.conv * self.channels
+        outputs = (self.gate * self.width + (self.out_width or self.width)) * self.heads * self.K
+        projections = self.width * self.channels + outputs + self.conv * self.channels
+        projections += self.adapter * (3 * self.width + self.channels)
         mix = flops_per_token(length, self.span, self.heads, self.K, self.K, part=not self.plain)
         return 2 * projections + mix + 4 * self.sinks * self.heads * self.K
 
@@ -151,10 +167,13 @@ class State:
 def init(key: Array, cfg: Config) -> Params:
     """Projections with unit-variance outputs."""
     in_key, out_key, conv_key = jax.random.split(key, 3)
-    params = {
+    params: Params = {
         "w_qkv": weight(in_key, cfg.width, cfg.channels),
-        "w_out": weight(out_key, cfg.heads * cfg.K, cfg.width),
+        "w_out": weight(out_key, cfg.heads * cfg.K, cfg.out_width or cfg.width),
     }
+    if cfg.adapter:
+        widths = {"q": cfg.heads * cfg.K, "k": cfg.G * cfg.K, "v": cfg.G * cfg.K}
+        params["adapter"] = adapter_init(jax.random.fold_in(key, 4), cfg.adapter, cfg.width, widths)
     if cfg.conv:
         params["conv"] = conv_init(conv_key, cfg.conv, cfg.channels)
     if cfg.sink_logit:
@@ -164,7 +183,7 @@ def init(key: Array, cfg: Config) -> Params:
     if cfg.qk_norm:
         scale = jnp.full(cfg.K, 0.0 if cfg.unit_offset else 1.0)
         params |= {"q_scale": scale, "k_scale": jnp.copy(scale)}
-    return params | ({"out_bias": jnp.zeros(cfg.width)} if cfg.out_bias else {})
+    return params | ({"out_bias": jnp.zeros(cfg.out_width or cfg.width)} if cfg.out_bias else {})
 
 
 def init_state(cfg: Config, batch: int) -> State:
@@ -181,7 +200,8 @@ def _projected(params: Params, cfg: Config, x: Array, position: Array) -> Array:
     """q, k and v side by side, before convolution and rotation."""
     if cfg.sinusoidal:
         x = x + sinusoids(position, cfg.width).astype(x.dtype)
-    return dense(x, params["w_qkv"])
+    qkv = dense(x, params["w_qkv"])
+    return qkv + adapted(params["adapter"], "qkv", x) if cfg.adapter else qkv
 
 
 def _normed(params: Params, cfg: Config, name: str, x: Array) -> Array:
@@ -201,7 +221,7 @@ def _heads(params: Params, cfg: Config, qkv: Array, position: Array) -> tuple[Ar
     q, k, v = jnp.split(qkv, [cfg.heads, cfg.heads + cfg.G], -2)
     if cfg.qk_norm:
         q, k = _normed(params, cfg, "q", q), _normed(params, cfg, "k", k)
-    q = q * cfg.K**-0.5
+    q = q * (cfg.K**-0.5 if cfg.scale is None else cfg.scale)
     farthest = jnp.minimum(position, cfg.sinks + cfg.span - 1)
     far = _turned(cfg, q, farthest) if cfg.sinks else q
     return _turned(cfg, q, position), far, _turned(cfg, k, position), v
@@ -231,6 +251,20 @@ def _kept(cfg: Config, state: State, k: Array, v: Array, position: Array):
     return *both, seen, *(jnp.where(there, jnp.take_along_axis(x, last, 1), 0) for x in both)
 
 
+def _entered(cfg: Config, state: State, k: Array, v: Array, position: Array, segment_ids) -> State:
+    """`state` with the sinks that enter this shard, where the sequence is cut over devices."""
+
+    def summary(start):
+        return None, tuple(
+            _kept(cfg, dataclasses.replace(state, sink_k=start[0], sink_v=start[1]), k, v, position)[3:]
+        )
+
+    sinks = state.sink_k, state.sink_v
+    if cfg.sinks:
+        sinks = sequence.carried(sinks, segment_ids, summary, lambda _, sinks: sinks)
+    return dataclasses.replace(state, sink_k=sinks[0], sink_v=sinks[1])
+
+
 def _with_sinks(params, cfg, state, part, far, k, v, position, implementation=None):
     """`(o [B, T, H, K], sink_k, sink_v)`: one softmax over the window's `part`, sinks and the extra logit."""
     null = params["sink_logit"] if cfg.sink_logit else None
@@ -242,13 +276,14 @@ def _with_sinks(params, cfg, state, part, far, k, v, position, implementation=No
 
 
 def apply(params, cfg, x, state=None, *, segment_ids=None, implementation=None):
-    """`x [B,T,D] -> (y [B,T,D], State, {})`.
+    """`x [B,T,D] -> (y [B,T,D], State, {})`; y has `out_width` channels where that is given.
 
     Raises ValueError when full attention is asked for more than `max_length` tokens at once.
     """
+    length = sequence.whole_length(x.shape[1])
     require(
-        cfg.window is not None or x.shape[1] <= cfg.max_length,
-        f"attention: {x.shape[1]} tokens are more than max_length={cfg.max_length}; raise it or set window",
+        cfg.window is not None or length <= cfg.max_length,
+        f"attention: {length} tokens are more than max_length={cfg.max_length}; raise it or set window",
     )
     cache = None if state is None else state.cache
     state = init_state(cfg, x.shape[0]) if state is None else state
@@ -261,6 +296,7 @@ def apply(params, cfg, x, state=None, *, segment_ids=None, implementation=None):
         o, cache = attention(q, k, v, cfg.span, cache, **how)
     else:
         part, cache = attention_part(q, k, v, cfg.span, cache, **how)
+        state = _entered(cfg, state, k, v, position, segment_ids)
         o, *sinks = _with_sinks(params, cfg, state, part, far, k, v, position, implementation)
     return _output(params, cfg, x, o), State(cache, conv, *sinks), {}
 

@@ -27,6 +27,8 @@ from pallas_kernels.short_conv import short_conv, short_conv_step
 class Config:
     """Raises ValueError for a size below 1."""
 
+    sequence_way = "halo"
+
     width: int
     expand: int = 2
     conv: int = 3  # taps

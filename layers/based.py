@@ -37,6 +37,8 @@ from pallas_kernels.gated_linear_attention import (
 class Config:
     """Raises ValueError for sizes below 1, or heads that do not divide the width."""
 
+    sequence_way = "scan"
+
     width: int
     heads: int = 4
     feature_dim: int = 16  # f: width of q and k per head

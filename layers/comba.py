@@ -35,6 +35,8 @@ from pallas_kernels.dplr import dplr, dplr_step, flops_per_token
 class Config(HeadDims):
     """Raises ValueError for sizes that do not fit together."""
 
+    sequence_way = "scan"
+
     width: int
     heads: int = 4
     key_dim: int | None = None  # K per head; default width / heads

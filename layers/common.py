@@ -1,11 +1,13 @@
 """Parts that several layers share: projections, norms, short convolutions, rotary positions, token shift."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from pallas_kernels import sequence
 from pallas_kernels.chunks import segment_starts
 from pallas_kernels.short_conv import short_conv, short_conv_step
 
@@ -25,6 +27,20 @@ def dense(x: Array, w: Array) -> Array:
 def low_rank(params: Params, name: str, x: Array, activation=lambda x: x) -> Array:
     """`activation(x @ w_down) @ w_up`, the matrices being `params["w_{name}_down"]` and `..._up`."""
     return dense(activation(dense(x, params[f"w_{name}_down"])), params[f"w_{name}_up"])
+
+
+def adapter_init(key: Array, rank: int, fan_in: int, widths: dict[str, int]) -> Params:
+    """Low-rank additions to matrices `[fan_in, width]`, by name: `w_{name}_down`, `w_{name}_up` (zeros)."""
+    params: Params = {}
+    for name, k in zip(widths, jax.random.split(key, len(widths)), strict=True):
+        up = jnp.zeros((rank, widths[name]))
+        params |= {f"w_{name}_down": weight(k, fan_in, rank), f"w_{name}_up": up}
+    return params
+
+
+def adapted(params: Params, names: Iterable[str], x: Array) -> Array:
+    """What the additions of `adapter_init` make of x, side by side."""
+    return jnp.concatenate([low_rank(params, name, x) for name in names], -1)
 
 
 def wide(x: Array) -> Array:
@@ -134,6 +150,7 @@ def token_shift(x: Array, last: Array, segment_ids: Array | None = None) -> tupl
 
     `x [B,T,...]`; `last [B,...]` is the token before the first, 0 where there is none.
     """
+    last = sequence.passed(last, x[:, -1], segment_ids)
     before = jnp.concatenate([last[:, None].astype(x.dtype), x[:, :-1]], 1)
     if segment_ids is not None:
         starts = segment_starts(segment_ids)

@@ -64,6 +64,8 @@ DECAYS = ("channel", "head", "constant", "none")
 class Config(HeadDims):
     """Raises ValueError for sizes that do not fit together or an unknown decay or feature map."""
 
+    sequence_way = "scan"
+
     width: int
     heads: int = 4
     key_dim: int | None = None  # K per head; default width / (2 heads)

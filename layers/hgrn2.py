@@ -10,13 +10,18 @@ with the norm over all heads together and no output gate. With K = 1 it is the e
 h = f h + (1 - f) v.
 
 Source: Qin et al. 2024 (arXiv 2404.07904; outer-product expansion of the state, key tied to the
-forget gate). There the bounds l of a model's layers are one cumulative softmax over depth, 0 in the first
-layer and growing upwards. A layer here does not know the others, so each has its own learned bound per
-channel, l = sigmoid(b), which starts at `lower_bound`; 0 means no bound, as in the first layer. A model that
-wants longer memories higher up gives its layers growing `lower_bound`.
+forget gate). There the bounds of a model's L layers are one cumulative softmax over depth, per channel
+
+    l_i = sum_{0<j<=i} exp(b_j) / sum_{j<L} exp(b_j),     i = 0 .. L-1
+
+0 in the first layer and growing upwards (Qin et al. 2023, arXiv 2311.04823): with `cumulative`,
+the model makes them of its layers' b. A layer that does not know the others has l = sigmoid(b), which starts
+at `lower_bound`; 0 means no bound. A model that wants longer memories higher up may also give its layers
+growing `lower_bound`.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
@@ -26,6 +31,7 @@ from jax import Array
 
 from layers.checks import require, require_positive
 from layers.common import Params, dense, rms_norm, weight, wide
+from layers.fields import later
 from layers.heads import dense_heads, merge_heads
 from pallas_kernels.gated_linear_attention import (
     flops_per_token,
@@ -38,9 +44,12 @@ from pallas_kernels.gated_linear_attention import (
 class Config:
     """Raises ValueError for a head width that does not divide the width, or a bound outside [0, 1)."""
 
+    sequence_way = "scan"
+
     width: int
     head_dim: int | None = None  # K = V; default the largest power of two up to 128 that divides the width
     lower_bound: float = 0.0  # of the forget gate, at the start
+    cumulative: bool = later(False)  # bounds by all layers of a model together
 
     def __post_init__(self):
         require_positive(self, "width")
@@ -49,6 +58,17 @@ class Config:
             f"hgrn2: head_dim={self.head_dim} does not divide width={self.width}",
         )
         require(0 <= self.lower_bound < 1, f"hgrn2: lower_bound={self.lower_bound} must be in [0, 1)")
+        ok = not (self.cumulative and self.lower_bound)
+        require(ok, f"hgrn2: lower_bound={self.lower_bound} and cumulative bounds exclude each other")
+
+    @property
+    def bounded(self) -> bool:
+        return self.cumulative or self.lower_bound > 0
+
+    @property
+    def over_depth(self) -> dict[str, Callable[[Array], Array]]:
+        """See the package docstring."""
+        return {"bound": _cumulative} if self.cumulative else {}
 
     @property
     def K(self) -> int:
@@ -81,7 +101,9 @@ def init(key: Array, cfg: Config) -> Params:
         "norm_scale": jnp.ones(cfg.width),
         "w_out": weight(out_key, cfg.width, cfg.width),
     }
-    if cfg.lower_bound:
+    if cfg.cumulative:
+        params["bound"] = jnp.zeros(cfg.width)
+    elif cfg.lower_bound:
         params["bound"] = jnp.full(cfg.width, math.log(cfg.lower_bound) - math.log1p(-cfg.lower_bound))
     return params
 
@@ -90,10 +112,19 @@ def init_state(cfg: Config, batch: int) -> State:
     return State(memory=jnp.zeros((batch, cfg.heads, cfg.K, cfg.K)))
 
 
+def _cumulative(rows: Array) -> Array:
+    """From b `[L, D]` of all layers, bottom to top, the logits of their l; minus infinity in the first."""
+    rows = wide(rows)
+    nothing = jnp.full_like(rows[:1], -jnp.inf)
+    below = jax.lax.cumlogsumexp(rows[1:], 0)
+    above = jnp.concatenate([jax.lax.cumlogsumexp(rows[2:], 0, reverse=True), nothing])[: len(below)]
+    return jnp.concatenate([nothing, below - jnp.logaddexp(rows[0], above)])
+
+
 def _log_forget(params: Params, cfg: Config, x: Array) -> Array:
     """`log f [..., H, K]`: the logarithm of `l + (1 - l) sigmoid` without leaving log space."""
     log_forget = jax.nn.log_sigmoid(wide(dense(x, params["w_forget"])))
-    if cfg.lower_bound:
+    if cfg.bounded:
         bound = params["bound"]
         log_forget = jnp.logaddexp(jax.nn.log_sigmoid(bound), jax.nn.log_sigmoid(-bound) + log_forget)
         # Rounding may lift the sum of two shares of 1 above it.

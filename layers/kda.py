@@ -47,6 +47,8 @@ from pallas_kernels.gated_delta_rule import flops_per_token, gated_delta_rule, g
 class Config(HeadDims):
     """Raises ValueError for sizes that do not fit together or a bound that is not positive."""
 
+    sequence_way = "scan"
+
     width: int
     heads: int = 4
     key_dim: int | None = None  # K per head; default width / heads

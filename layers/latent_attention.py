@@ -23,12 +23,15 @@ from jax import Array
 from layers.checks import require, require_positive
 from layers.common import Params, dense, rms_norm, weight
 from layers.heads import dense_heads, merge_heads
+from pallas_kernels import sequence
 from pallas_kernels.attention import Cache, attention, attention_step, empty_cache, flops_per_token
 
 
 @dataclass(frozen=True)
 class Config:
     """Raises ValueError for a size below 1."""
+
+    sequence_way = "ring"
 
     width: int
     heads: int = 4  # H
@@ -103,8 +106,9 @@ def apply(params, cfg, x, state=None, *, segment_ids=None, implementation=None):
 
     Raises ValueError when it is asked for more than `max_length` tokens at once.
     """
-    message = f"latent_attention: {x.shape[1]} tokens are more than max_length={cfg.max_length}; raise it"
-    require(x.shape[1] <= cfg.max_length, message)
+    length = sequence.whole_length(x.shape[1])
+    message = f"latent_attention: {length} tokens are more than max_length={cfg.max_length}; raise it"
+    require(length <= cfg.max_length, message)
     cache = None if state is None else state.cache
     how = {"segment_ids": segment_ids, "implementation": implementation}
     o, cache = attention(*_inputs(params, cfg, x), cfg.max_length, cache, **how)

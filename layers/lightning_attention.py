@@ -34,6 +34,8 @@ from pallas_kernels.gated_linear_attention import (
 class Config:
     """Raises ValueError for sizes that do not fit together or a negative slope."""
 
+    sequence_way = "scan"
+
     width: int
     heads: int = 4
     head_dim: int | None = None  # K = V; default width / heads

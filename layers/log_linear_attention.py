@@ -31,6 +31,7 @@ from layers.checks import require, require_head_dims, require_positive
 from layers.common import Params, conv_init, conv_state, dense, weight, wide
 from layers.heads import HeadDims, gated_output, split_heads
 from layers.state_spaces import dt_bias_init
+from pallas_kernels import sequence
 from pallas_kernels.attention import positions
 from pallas_kernels.chunks import segment_starts
 from pallas_kernels.gated_linear_attention import (
@@ -44,6 +45,8 @@ from pallas_kernels.short_conv import short_conv, short_conv_step
 @dataclass(frozen=True)
 class Config(HeadDims):
     """Raises ValueError for sizes that do not fit together."""
+
+    sequence_way = "scan"
 
     width: int
     heads: int = 4
@@ -148,9 +151,10 @@ def apply(params, cfg, x, state=None, *, segment_ids=None, implementation=None):
 
     Raises ValueError for more than `max_length` tokens at once.
     """
+    length = sequence.whole_length(x.shape[1])
     require(
-        x.shape[1] <= cfg.max_length,
-        f"log_linear_attention: {x.shape[1]} tokens are more than max_length={cfg.max_length}; raise it",
+        length <= cfg.max_length,
+        f"log_linear_attention: {length} tokens are more than max_length={cfg.max_length}; raise it",
     )
     state = init_state(cfg, x.shape[0]) if state is None else state
     qkv, conv = short_conv(dense(x, params["w_qkv"]), params["conv"], state.conv, segment_ids=segment_ids)
@@ -169,7 +173,7 @@ def apply(params, cfg, x, state=None, *, segment_ids=None, implementation=None):
             v,
             log_decay,
             jnp.where(within[:, 0, None, None, None], memory, 0),
-            segment_ids=jnp.cumsum(document | ~within, 1, dtype=jnp.int32),
+            segment_ids=sequence.numbered(document | ~within),
             implementation=implementation,
         )
         return o + jnp.where(reads, weight, 0)[..., None] * read, memory

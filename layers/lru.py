@@ -30,6 +30,8 @@ from pallas_kernels.diagonal_scan import diagonal_scan, diagonal_scan_step, flop
 class Config:
     """Raises ValueError for a size below 1 or an empty ring."""
 
+    sequence_way = "scan"
+
     width: int
     state_dim: int | None = None  # N complex modes; default width
     r_min: float = 0.0  # the ring of |lam| at the start; 0.9 to 0.999 for long memory

@@ -36,6 +36,8 @@ from pallas_kernels.short_conv import short_conv, short_conv_step
 class Config:
     """Raises ValueError for a size below 1."""
 
+    sequence_way = "scan"
+
     width: int
     expand: int = 2
     state_dim: int = 16  # N per channel

@@ -10,7 +10,7 @@ groups,
     out = W_out( RMSNorm_group(y * silu(z)) )
 
 that is keys B, values dt x, queries C (not scaled) and log decay dt A. The gate comes before the norm, and
-each group of E / G channels is normalised by itself; with G = 1 that is all of them.
+each group of E / G channels is normalised by itself; with G = 1 that is all of them. dt is at least `dt_min`.
 
 Source: Dao & Gu 2024 (arXiv 2405.21060), sec. 6 and 7 (block, heads, groups; chunkwise algorithm).
 A starts uniform in -[1, 16], softplus(b_dt) log-uniform in [1e-3, 1e-1], D = 1 per head. The order of gate
@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
-from layers.checks import require, require_expanded_heads, require_positive
+from layers.checks import require, require_expanded_heads, require_not_negative, require_positive
 from layers.common import Params, conv_init, conv_state, dense, rms_norm, weight, wide
 from layers.fields import later
 from layers.heads import ExpandedHeads, merge_heads
@@ -41,6 +41,8 @@ from pallas_kernels.short_conv import short_conv, short_conv_step
 class Config(ExpandedHeads):
     """Raises ValueError for sizes below 1 or that do not divide each other."""
 
+    sequence_way = "scan"
+
     width: int
     expand: int = 2
     head_dim: int | None = None  # P; default the largest power of two up to 64 that divides E
@@ -48,10 +50,12 @@ class Config(ExpandedHeads):
     groups: int = 1  # G pairs of B and C
     conv: int = 4  # taps of the short convolution
     eps: float = later(1e-5)  # of the norm
+    dt_min: float = later(0.0)
 
     def __post_init__(self):
         require_expanded_heads(self)
         require_positive(self, "state_dim", "groups", "conv")
+        require_not_negative(self, "dt_min")
         require(
             self.heads % self.groups == 0,
             f"mamba2: groups={self.groups} does not divide the {self.heads} heads",
@@ -104,7 +108,8 @@ def init_state(cfg: Config, batch: int) -> State:
 def _project(params: Params, cfg: Config, u: Array) -> tuple[Array, Array, Array]:
     """The gate z `[..., E]`, the stream `[..., E + 2GN]` before its convolution and dt `[..., H]`."""
     z, stream, dt = jnp.split(dense(u, params["w_in"]), [cfg.channels, cfg.channels + cfg.stream], -1)
-    return z, stream, jax.nn.softplus(wide(dt) + params["dt_bias"])
+    dt = jax.nn.softplus(wide(dt) + params["dt_bias"])
+    return z, stream, jnp.maximum(dt, cfg.dt_min) if cfg.dt_min else dt
 
 
 def _heads(params: Params, cfg: Config, stream: Array) -> tuple[Array, Array, Array]:

@@ -38,6 +38,7 @@ from layers.checks import require, require_expanded_heads, require_positive
 from layers.common import Params, dense, rms_norm, rotate, token_shift, weight, wide
 from layers.heads import ExpandedHeads, merge_heads, split_heads
 from layers.state_spaces import dt_bias_init
+from pallas_kernels import sequence
 from pallas_kernels.chunks import segment_starts
 from pallas_kernels.gated_linear_attention import flops_per_token, gated_linear_attention
 
@@ -45,6 +46,8 @@ from pallas_kernels.gated_linear_attention import flops_per_token, gated_linear_
 @dataclass(frozen=True)
 class Config(ExpandedHeads):
     """Raises ValueError for sizes below 1 or that do not fit together."""
+
+    sequence_way = "scan"
 
     width: int
     expand: int = 2
@@ -166,12 +169,18 @@ def _wrap(angle: Array) -> Array:
 def _angles(turn: Array, first: Array, segment_ids: Array | None) -> Array:
     """The running sum of turns in each document, from `first`, wrapped at every addition: `[B,T,H,pairs]`."""
     starts = jnp.zeros(turn.shape[:2], bool) if segment_ids is None else segment_starts(segment_ids)
-    turn = turn.at[:, 0].add(first)
 
     def combine(a, b):
         return a[0] | b[0], jnp.where(b[0], b[1], _wrap(a[1] + b[1]))
 
-    return jax.lax.associative_scan(combine, (starts[..., None, None], _wrap(turn)), axis=1)[1]
+    def angles(first):
+        turns = _wrap(turn.at[:, 0].add(first))
+        return jax.lax.associative_scan(combine, (starts[..., None, None], turns), axis=1)[1]
+
+    def summary(first):
+        return None, angles(first)[:, -1]
+
+    return angles(sequence.carried(first, segment_ids, summary, lambda _, first: first))
 
 
 def _ranks(params: Params, name: str, x: Array) -> Array:
@@ -199,7 +208,7 @@ def _read_before_write(q, k, v, log_decay, state, segment_ids, implementation) -
     of them; what the later ones would add is added directly.
     """
     batch, length, ranks = q.shape[:3]
-    ahead = jnp.concatenate([q[:, 1:], jnp.zeros_like(q[:, :1])], 1)
+    ahead = sequence.following(q)
     decay = jnp.pad(log_decay[:, :, None], ((0, 0), (0, 0), (0, ranks - 1), (0, 0)))
     reads, keys, values, decays = (
         x.reshape(batch, length * ranks, *x.shape[3:]) for x in (ahead, k, v, decay)
@@ -225,7 +234,7 @@ def apply(params, cfg, x, state=None, *, segment_ids=None, implementation=None):
     q, k = rotate(t.query, angle[:, :, None]), rotate(t.key, angle[:, :, None])
     v = _ranks(params, "mix_value", t.x)
     # The second write of each key belongs to the next token; the last one's is still to come.
-    both = t.late + jnp.pad(t.early[:, 1:], ((0, 0), (0, 1), (0, 0)))
+    both = t.late + sequence.following(t.early)
     entering = _entering(params, jax.tree.map(lambda part: part[:, 0], t), state)
     read, memory = _read_before_write(
         q, both[:, :, None, :, None] * k, v, t.log_decay, entering, segment_ids, implementation

@@ -38,6 +38,8 @@ from pallas_kernels.diagonal_scan import diagonal_scan, diagonal_scan_step, flop
 class Config:
     """Raises ValueError for a size below 1 or a negative convolution."""
 
+    sequence_way = "scan"
+
     width: int
     expand: int = 2
     conv: int = 0  # taps of the short convolution on the input; 0 for none

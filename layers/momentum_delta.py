@@ -44,6 +44,8 @@ BIASES = {"rate": 0.0, "forget": -6.0, "momentum": 2.0}
 class Config(HeadDims):
     """Raises ValueError for sizes that do not fit together or a rate that is not positive."""
 
+    sequence_way = "scan"
+
     width: int
     heads: int = 4
     key_dim: int | None = None  # K per head; default width / heads

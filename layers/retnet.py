@@ -37,6 +37,8 @@ from pallas_kernels.gated_linear_attention import (
 class Config:
     """Raises ValueError for sizes that do not fit together."""
 
+    sequence_way = "scan"
+
     width: int
     heads: int = 4
     key_dim: int | None = None  # K per head, even; default width / heads

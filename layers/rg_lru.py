@@ -28,6 +28,7 @@ from jax import Array
 from layers.checks import require, require_choice, require_positive
 from layers.common import Params, conv_state, dense, weight, wide
 from layers.heads import block_dense, block_weight
+from pallas_kernels import sequence
 from pallas_kernels.chunks import segment_starts
 from pallas_kernels.diagonal_scan import diagonal_scan, diagonal_scan_step, flops_per_token
 from pallas_kernels.short_conv import short_conv, short_conv_step
@@ -41,6 +42,8 @@ LARGEST_SLOPE = 1000.0
 @dataclass(frozen=True)
 class Config:
     """Raises ValueError for a size below 1, channels that heads do not divide, or an unknown ring."""
+
+    sequence_way = "scan"
 
     width: int
     channels: int | None = None  # E; default width (the paper's models have 4/3 of it)
@@ -143,6 +146,7 @@ def _output(params: Params, x: Array, h: Array) -> Array:
 
 def _first(shape: tuple[int, int], started: Array, segment_ids: Array | None) -> Array:
     """`[B, T]`: the tokens before which there is no state."""
+    started = sequence.passed(started, jnp.ones_like(started), segment_ids)
     starts = jnp.zeros(shape, bool) if segment_ids is None else segment_starts(segment_ids)
     return jnp.concatenate([~started[:, None], starts[:, 1:]], 1)
 

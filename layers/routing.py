@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from pallas_kernels import sequence
+
 
 def route(logits: Array, k: int, renormalise: bool = True) -> tuple[Array, Array, Array]:
     """Weights, choices and probabilities of one token or many, each `[..., M]` as the logits are.
@@ -32,5 +34,7 @@ def balance(chosen: Array, probabilities: Array) -> tuple[Array, Array, Array]:
     (arXiv 2101.03961) eq. 4-6.
     """
     tokens = tuple(range(chosen.ndim - 1))
-    load, share = (jnp.mean(x, tokens, dtype=probabilities.dtype) for x in (chosen, probabilities))
+    load, share = (
+        sequence.mean(jnp.mean(x, tokens, dtype=probabilities.dtype)) for x in (chosen, probabilities)
+    )
     return probabilities.shape[-1] * jnp.sum(load * share), load, share

@@ -28,6 +28,7 @@ from jax import Array
 from layers.checks import require, require_positive
 from layers.common import Params, dense, layer_norm, low_rank, token_shift, weight, wide
 from layers.heads import merge_heads, split_heads
+from pallas_kernels import sequence
 from pallas_kernels.gated_linear_attention import (
     flops_per_token,
     gated_linear_attention,
@@ -40,6 +41,8 @@ STREAMS = ("r", "k", "v", "gate", "decay")
 @dataclass(frozen=True)
 class Config:
     """Raises ValueError for a size below 1 or heads that do not divide the width."""
+
+    sequence_way = "scan"
 
     width: int
     head_dim: int | None = None  # K = V; default the largest power of two up to 64 that divides the width
@@ -146,7 +149,7 @@ def apply(params, cfg, x, state=None, *, segment_ids=None, implementation=None):
     inputs, gate = _inputs(params, cfg, x, before)
     r, *writes = inputs
     # A read of S_{t-1} is asked one token early, after that token's write; the first, of the state itself.
-    early = jnp.concatenate([r[:, 1:], jnp.zeros_like(r[:, :1])], 1)
+    early = sequence.following(r)
     o, memory = gated_linear_attention(
         early, *writes, state.memory, segment_ids=segment_ids, implementation=implementation
     )

@@ -51,6 +51,8 @@ class Config:
     """Raises ValueError for an odd number of states, a bad dt range, an unknown measure or `sets` that do not
     divide the width."""
 
+    sequence_way = "scan"
+
     width: int
     state_dim: int = 64  # N, in conjugate pairs
     measure: str = "legs"  # of HiPPO, where A starts

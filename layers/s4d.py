@@ -60,6 +60,8 @@ class Config:
     `sets` that do not divide the width, or separate steps or a softmax of anything but complex modes under
     the zero-order hold."""
 
+    sequence_way = "scan"
+
     width: int
     state_dim: int = 64  # N real numbers per channel
     init: str = "legs"

@@ -42,6 +42,8 @@ GATES = ("half", "full")
 class Config:
     """Raises ValueError for states that are not J blocks of pairs, a bad dt range or an unknown gate."""
 
+    sequence_way = "scan"
+
     width: int
     state_dim: int | None = None  # P, in conjugate pairs; default width, or one more
     blocks: int = 1  # J copies of the initial modes

@@ -275,8 +275,17 @@ def test_what_models_may_have_besides_leaves_written_configs_as_they_were():
         "inner_scale",
         "key_heads",
         "gate_bias",
+        "norm_embed",
+        "first",
+        "cumulative",
+        "values",
+        "value_rank",
+        "unit_eps",
+        "routed_queries",
+        "own_projections",
     }
-    for name in ("attention", "mamba", "mamba2", "gated_delta_net", "kda", "gla", "retnet"):
+    names = ("attention", "mamba", "mamba2", "gated_delta_net", "kda", "gla", "retnet", "hgrn2", "rwkv7")
+    for name in (*names, "mixture_of_memories"):
         cfg = lm.Config(vocab_size=7, width=16, depth=2, pattern=(registry.config(name, 16),))
         saved = config.to_dict(cfg)
         assert not later & (saved.keys() | saved["pattern"][0].keys())

@@ -19,7 +19,7 @@ from jax import Array
 
 from layers.checks import require_positive
 from layers.common import Params, dense, rms_norm, sinusoids, weight, wide
-from zoo import blocks
+from zoo import blocks, trunk
 
 DECODER_LAYERS = 2
 
@@ -40,7 +40,7 @@ def init(key: Array, cfg: Config) -> Params:
     embed_key, trunk_key, head_key, *keys = jax.random.split(key, 3 + DECODER_LAYERS)
     return {
         "w_embed": 0.02 * jax.random.normal(embed_key, (cfg.vocab_size, cfg.width)),
-        "blocks": blocks.init(trunk_key, cfg),
+        "blocks": trunk.init(trunk_key, cfg),
         "norm_final": jnp.ones(cfg.width),
         "decoder": [
             {
@@ -59,7 +59,7 @@ def init(key: Array, cfg: Config) -> Params:
 def hidden(params: Params, cfg: Config, tokens: Array, *, implementation: str | None = None, dtype=None):
     """`tokens [B,T] -> (h [B,T,D], state, aux)`: what the decoder makes of every place, before the head."""
     x = params["w_embed"].astype(dtype or params["w_embed"].dtype)[tokens]
-    x, state, aux = blocks.apply(params["blocks"], cfg, x, implementation=implementation)
+    x, state, aux = trunk.apply(params["blocks"], cfg, x, implementation=implementation)
     code = rms_norm(x[:, -1], params["norm_final"])
     h = code[:, None] + sinusoids(jnp.arange(tokens.shape[1]), cfg.width).astype(code.dtype)
     for layer in params["decoder"]:
@@ -80,7 +80,7 @@ def apply(params, cfg, tokens, *, implementation=None, dtype=None):
 
 def param_count(cfg: Config) -> int:
     """Number of parameters, embedding and decoder included; nothing is allocated."""
-    return blocks.count(init, cfg)
+    return trunk.count(init, cfg)
 
 
 def state_bytes(cfg: Config) -> int:

@@ -1,27 +1,28 @@
-"""Residual blocks: `x + mixer(norm(x))`, then `x + mlp(norm(x))`, repeated in a pattern.
+"""What a trunk is: blocks `x + mixer(norm(x))`, then `x + mlp(norm(x))`, repeated in a pattern.
 
 A pattern names mixers, and the model's fields say the rest; an entry that is a `Block` says all of it itself.
+Depth = repeats of the pattern, plus a shorter tail when the pattern does not divide it. `zoo.trunk` runs it.
 
-Equal blocks are stacked along a leading axis and run under `lax.scan`, so that compile time does not grow
-with depth. Depth = repeats of the pattern, plus a shorter tail when the pattern does not divide it.
+A block may call one that several places of the model share (zoo/shared.py) before its mixer.
 """
 
 import math
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 from jax import Array
 
 from layers.checks import require, require_choice, require_positive
-from layers.common import Params, rms_norm
-from zoo import mlp, pieces, registry
+from layers.common import layer_norm, rms_norm
+from layers.fields import later
+from zoo import mlp, registry, shared
 
 Group = tuple[tuple[Any, ...], int]
 MLP = mlp.Config
+Shared = shared.Config
 RESIDUALS = ("stream", "normed")
+DEEPEST = 10_000  # blocks; every one is listed, and a config of billions must not take the memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,18 +41,27 @@ class Block:
     residual: str = "stream"
     mixer_scales: tuple[float, float] = (1.0, 1.0)
     mlp_scales: tuple[float, float] = (1.0, 1.0)
+    layer_norm: bool = later(False)  # norms subtract the mean
+    norm_bias: bool = later(False)  # and add a bias
+    calls: int | None = later(None)  # number of the shared block whose output the mixer sees as well
 
     def __post_init__(self):
         registry.module(self.mixer)
         require_choice(self, "residual", RESIDUALS)
+        require(not (self.layer_norm and self.unit_offset), "block: layer_norm has no unit_offset")
+        require(self.layer_norm or not self.norm_bias, "block: norm_bias needs layer_norm")
 
-    def norm(self, x: Array, scale: Array) -> Array:
-        """RMSNorm with this block's eps and scale."""
+    def norm(self, x: Array, scale: Any) -> Array:
+        """RMSNorm or LayerNorm with this block's eps and what `init_norm` gives."""
+        if self.norm_bias:
+            return layer_norm(x, scale["scale"], scale["bias"], self.eps)
+        if self.layer_norm:
+            return layer_norm(x, scale, None, self.eps)
         return rms_norm(x, 1 + scale if self.unit_offset else scale, self.eps)
 
-    def enter(self, x: Array, scale: Array) -> tuple[Array, Array]:
-        """What a mixer or MLP works on, and what its output is added to."""
-        normed = self.norm(x, scale)
+    def enter(self, x: Array, scale: Any, heard: Array | None = None) -> tuple[Array, Array]:
+        """What a mixer or MLP works on, and what its output is added to; `heard` is of the former alone."""
+        normed = self.norm(x if heard is None else x + heard, scale)
         return normed, x if self.residual == "stream" else normed
 
 
@@ -59,14 +69,15 @@ class Block:
 class Config:
     """The trunk of a model.
 
-    `pattern` is a tuple of layer names, layer Configs or `Block`s, repeated to `depth`; `mlp`, `expansion`
-    and `moe_every` are about the first two. Raises ValueError for unknown names, sizes that do not fit, or a
-    layer Config of another width.
+    `pattern` is a tuple of layer names, layer Configs or `Block`s, repeated to `depth` above the entries of
+    `first`; `mlp`, `expansion` and `moe_every` are about names and Configs. Raises ValueError for unknown
+    names, sizes that do not fit, or a layer Config of another width.
     """
 
     width: int = 128  # D
     depth: int = 2  # number of blocks
     pattern: tuple[Any, ...] = ("attention",)
+    first: tuple[Any, ...] = later(())  # entries as of a pattern, once each, counted in depth
     mlp: str = "swiglu"
     expansion: float | None = None  # hidden width of the MLP over D; default 8/3 (swiglu) or 4 (gelu)
     moe_every: int = 0  # the MLPs of blocks n - 1, 2 n - 1, ... are mixtures of experts; 0: none
@@ -75,9 +86,11 @@ class Config:
     balance: float = 0.01  # coefficient of the experts' load-balancing loss
     remat: bool = True  # recompute each block in the backward pass instead of storing it
     piece: int = 0  # if > 0, blocks work on so many tokens at a time and recompute them (zoo/pieces.py)
+    shared: tuple[Shared, ...] = later(())  # blocks that those of the pattern call
 
     def __post_init__(self):
         require_positive(self, "width", "depth", "experts", "experts_per_token")
+        require(self.depth <= DEEPEST, f"depth={self.depth} exceeds {DEEPEST:,}")
         require_choice(self, "mlp", mlp.KINDS)
         ok = isinstance(self.pattern, tuple) and len(self.pattern) > 0
         require(ok, f"pattern={self.pattern!r} must be a tuple of layer names, layer Configs or Blocks")
@@ -89,17 +102,26 @@ class Config:
         ok = isinstance(self.piece, int) and self.piece >= 0
         require(ok, f"piece={self.piece!r} must be an integer >= 0")
         require(self.balance >= 0, f"balance={self.balance} must be >= 0")
+        ok = isinstance(self.first, tuple) and len(self.first) <= self.depth
+        require(ok, f"first={self.first!r} must be a tuple of at most depth={self.depth} entries")
+        require(not (self.first and self.moe_every), "first: blocks below a pattern need moe_every=0")
         for layer in self.layers:
             require(
                 layer.width == self.width,
                 f"{type(layer).__module__}: width={layer.width} in a model of width={self.width}",
             )
+        for block in self.shared:
+            message = f"shared block: width={block.width} in a model of width={self.width}"
+            require(block.width == self.width, message)
+        for block in self.blocks:
+            ok = block.calls is None or 0 <= block.calls < len(self.shared)
+            require(ok, f"a block calls number {block.calls} of {len(self.shared)} shared blocks")
 
     @cached_property
     def layers(self) -> tuple[Any, ...]:
         """The layer Config of every block, bottom to top."""
-        made = tuple(self._layer(p) for p in self.pattern)
-        return tuple(made[i % len(made)] for i in range(self.depth))
+        first, made = (tuple(self._layer(p) for p in entries) for entries in (self.first, self.pattern))
+        return first + tuple(made[i % len(made)] for i in range(self.depth - len(first)))
 
     def _layer(self, entry):
         if isinstance(entry, str):
@@ -115,7 +137,8 @@ class Config:
         return tuple(self._block(place) for place in range(self.depth))
 
     def _block(self, place: int) -> Block:
-        entry = self.pattern[place % len(self.pattern)]
+        above = place - len(self.first)
+        entry = self.first[place] if above < 0 else self.pattern[above % len(self.pattern)]
         if isinstance(entry, Block):
             return entry
         return Block(mixer=self.layers[place], mlp=self._mlp(self.is_moe(place)))
@@ -135,10 +158,11 @@ class Config:
     @property
     def block_groups(self) -> tuple[tuple[tuple[Block, ...], int], ...]:
         """`groups` with all that their blocks are."""
-        size = min(math.lcm(len(self.pattern), self.moe_every or 1), self.depth)
-        repeats, rest = divmod(self.depth, size)
-        groups = [(self.blocks[:size], repeats)]
-        return tuple(groups + [(self.blocks[:rest], 1)] * (rest > 0))
+        first, blocks = self.blocks[: len(self.first)], self.blocks[len(self.first) :]
+        size = math.lcm(len(self.pattern), self.moe_every or 1)
+        repeats, rest = divmod(len(blocks), size)
+        groups = [(first, 1), (blocks[:size], repeats), (blocks[:rest], 1)]
+        return tuple(group for group in groups if group[0] and group[1])
 
     @property
     def hidden(self) -> int:
@@ -160,156 +184,25 @@ class Config:
         """Weights of all the experts that a token does not go to."""
         return sum(block.mlp.idle(self.width) for block in self.blocks if block.mlp)
 
+    @property
+    def side(self) -> int:
+        """Channels that layers hand upwards beside the stream (layers/__init__.py)."""
+        return max(getattr(layer, "side", 0) for layer in self.layers)
+
+    @property
+    def called(self) -> tuple[Shared, ...]:
+        """The shared block of every call, bottom to top."""
+        return tuple(self.shared[block.calls] for block in self.blocks if block.calls is not None)
+
     def trunk_state_bytes(self) -> int:
         """Bytes of float32 state of all blocks, one sequence."""
-        return sum(layer.state_bytes() for layer in self.layers)
+        calls = sum(block.attention.state_bytes() for block in self.called)
+        return calls + sum(layer.state_bytes() for layer in self.layers)
 
     def trunk_flops_per_token(self, length: int) -> int:
         """Forward FLOPs of all blocks for one token of a sequence of `length`.
 
         Of a mixture, the router and the experts that the token goes to; here the others run and are masked.
         """
-        mixers = sum(layer.flops_per_token(length) for layer in self.layers)
+        mixers = sum(layer.flops_per_token(length) for layer in (*self.layers, *self.called))
         return mixers + 2 * sum(block.mlp.active(self.width) for block in self.blocks if block.mlp)
-
-
-def init_norm(cfg: Config, block: Block) -> Array:
-    """The scale of a norm as `block` has them, doing nothing: `[D]`."""
-    return jnp.zeros(cfg.width) if block.unit_offset else jnp.ones(cfg.width)
-
-
-def _init_block(key: Array, cfg: Config, block: Block) -> Params:
-    mixer_key, in_key, out_key = jax.random.split(key, 3)
-    mixer = registry.module(block.mixer).init(mixer_key, block.mixer)
-    params = {"norm_mixer": init_norm(cfg, block), "mixer": mixer}
-    if block.mlp:
-        params["norm_mlp"] = init_norm(cfg, block)
-        params["mlp"] = mlp.init(in_key, out_key, jax.random.fold_in(key, 3), block.mlp, cfg.width)
-    return params
-
-
-def _scale_outputs(params: Params, depth: int) -> Params:
-    """Shrink every `w_out` by 1/sqrt(2 depth): the residual stream keeps its size at any depth (GPT-2)."""
-
-    def scale(path, leaf):
-        return leaf * (2 * depth) ** -0.5 if path[-1].key == "w_out" else leaf
-
-    return jax.tree_util.tree_map_with_path(scale, params)
-
-
-def init(key: Array, cfg: Config) -> list[list[Params]]:
-    """Parameters: per group, per place in the pattern, blocks stacked along a leading `repeats` axis."""
-    groups = []
-    for number, (blocks, repeats) in enumerate(cfg.block_groups):
-        keys = jax.random.split(jax.random.fold_in(key, number), (len(blocks), repeats))
-        made = [
-            jax.vmap(lambda k, block=block: _init_block(k, cfg, block))(ks)
-            for block, ks in zip(blocks, keys, strict=True)
-        ]
-        groups.append([_scale_outputs(b, cfg.depth) for b in made])
-    return groups
-
-
-def init_state(cfg: Config, batch: int) -> list[list[Any]]:
-    """Empty states, arranged as the parameters are."""
-
-    def stacked(layer, repeats):
-        state = registry.module(layer).init_state(layer, batch)
-        return jax.tree.map(lambda s: jnp.broadcast_to(s, (repeats, *s.shape)), state)
-
-    return [[stacked(layer, repeats) for layer in layers] for layers, repeats in cfg.groups]
-
-
-def _merge_aux(stacked: list[dict[str, Array]]) -> dict[str, Array]:
-    """Losses are summed over blocks, diagnostics averaged. Input: one dict of `[repeats, ...]` per place."""
-    values: dict[str, list[Array]] = {}
-    for aux in stacked:
-        for name, value in aux.items():
-            values.setdefault(name, []).append(value)
-    return {
-        name: jnp.concatenate(v).sum() if name.endswith("_loss") else jnp.concatenate(v).mean(0)
-        for name, v in values.items()
-    }
-
-
-def _sum(residual: Array, y: Array, scales: tuple[float, float]) -> Array:
-    if scales == (1.0, 1.0):
-        return residual + y
-    return residual * scales[0] + y * scales[1]
-
-
-def _channels(block: Block, params: Params, x: Array) -> tuple[Array, dict[str, Array]]:
-    """The block's MLP on `x [..., D]`, and aux."""
-    if block.mlp is None:
-        return x, {}
-    normed, residual = block.enter(x, params["norm_mlp"])
-    y, aux = mlp.apply(params["mlp"], block.mlp, normed)
-    return _sum(residual, y, block.mlp_scales), aux
-
-
-def _group(group: tuple[Block, ...], implementation, blocks, x: Array, states, segment_ids):
-    """One repeat of a group over `x [B,T,D]`: `(x, states, one aux a block)`."""
-    new_states, auxes = [], []
-    for block, params, state in zip(group, blocks, states, strict=True):
-        normed, residual = block.enter(x, params["norm_mixer"])
-        y, state, aux = registry.module(block.mixer).apply(
-            params["mixer"],
-            block.mixer,
-            normed,
-            state,
-            segment_ids=segment_ids,
-            implementation=implementation,
-        )
-        x, experts = _channels(block, params, _sum(residual, y, block.mixer_scales))
-        new_states.append(state)
-        auxes.append(aux | experts)
-    return x, new_states, auxes
-
-
-def apply(params, cfg: Config, x: Array, state=None, *, segment_ids=None, implementation=None):
-    """All blocks over `x [B,T,D]`: `(y [B,T,D], state, aux)`."""
-    in_pieces = 0 < cfg.piece < x.shape[1]
-    new_states, all_aux = [], []
-    for g, (group, _) in enumerate(cfg.block_groups):
-
-        def body(x, inputs, group=group):
-            blocks, old = inputs
-            run = partial(_group, group, implementation, blocks)
-            if in_pieces:
-                empty = [registry.module(b.mixer).init_state(b.mixer, x.shape[0]) for b in group]
-                x, *out = pieces.apply(run, empty, x, old, segment_ids, cfg.piece)
-            else:
-                x, *out = run(x, old or [None] * len(group), segment_ids)
-            return x, out
-
-        # Pieces keep less than a block does: to recompute the block as well would cost and save nothing.
-        body = jax.checkpoint(body) if cfg.remat and not in_pieces else body
-        x, (states, auxes) = jax.lax.scan(body, x, (params[g], None if state is None else state[g]))
-        new_states.append(states)
-        all_aux += auxes
-    return x, new_states, _merge_aux(all_aux)
-
-
-def step(params, cfg: Config, x_t: Array, state):
-    """All blocks over one token `x_t [B,D]`: `(y_t [B,D], state)`."""
-    new_states = []
-    for (group, _), blocks, old in zip(cfg.block_groups, params, state, strict=True):
-
-        def body(x, blocks, group=group):
-            states = []
-            for block, (params, old) in zip(group, blocks, strict=True):
-                normed, residual = block.enter(x, params["norm_mixer"])
-                y, new = registry.module(block.mixer).step(params["mixer"], block.mixer, normed, old)
-                x, _ = _channels(block, params, _sum(residual, y, block.mixer_scales))
-                states.append(new)
-            return x, states
-
-        x_t, states = jax.lax.scan(body, x_t, list(zip(blocks, old, strict=True)))
-        new_states.append(states)
-    return x_t, new_states
-
-
-def count(init_model, cfg: Config) -> int:
-    """Number of parameters that `init_model(key, cfg)` would make; nothing is allocated."""
-    shapes = jax.eval_shape(lambda: init_model(jax.random.key(0), cfg))
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))

@@ -8,7 +8,7 @@ from jax import Array
 
 from layers.checks import require, require_positive
 from layers.common import Params, dense, rms_norm, weight, wide
-from zoo import blocks
+from zoo import blocks, trunk
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +29,7 @@ def init(key: Array, cfg: Config) -> Params:
     return {
         "w_in": weight(in_key, cfg.features, cfg.width),
         "bias_in": jnp.zeros(cfg.width),
-        "blocks": blocks.init(trunk_key, cfg),
+        "blocks": trunk.init(trunk_key, cfg),
         "norm_final": jnp.ones(cfg.width),
         "w_head": weight(head_key, cfg.width, cfg.classes),
         "bias_head": jnp.zeros(cfg.classes),
@@ -39,7 +39,7 @@ def init(key: Array, cfg: Config) -> Params:
 def init_state(cfg: Config, batch: int):
     """Running sum of features and token count beside the blocks' states: the mean of an empty past."""
     return {
-        "blocks": blocks.init_state(cfg, batch),
+        "blocks": trunk.init_state(cfg, batch),
         "sum": jnp.zeros((batch, cfg.width)),
         "count": jnp.zeros((batch, 1)),
     }
@@ -54,26 +54,26 @@ def apply(params, cfg, inputs, state=None, *, implementation=None, dtype=None):
     old = init_state(cfg, inputs.shape[0]) if state is None else state
     dtype = dtype or params["w_in"].dtype
     x = dense(inputs.astype(dtype), params["w_in"]) + params["bias_in"].astype(dtype)
-    trunk = None if state is None else state["blocks"]
-    x, trunk, aux = blocks.apply(params["blocks"], cfg, x, trunk, implementation=implementation)
+    inner = None if state is None else state["blocks"]
+    x, inner, aux = trunk.apply(params["blocks"], cfg, x, inner, implementation=implementation)
     total = old["sum"] + wide(rms_norm(x, params["norm_final"])).sum(1)
     count = old["count"] + x.shape[1]
-    return _head(params, total, count), {"blocks": trunk, "sum": total, "count": count}, aux
+    return _head(params, total, count), {"blocks": inner, "sum": total, "count": count}, aux
 
 
 def step(params: Params, cfg: Config, input_t: Array, state, *, dtype=None):
     """One time step: `input_t [B,features] -> (logits [B,classes] so far, state)`."""
     dtype = dtype or params["w_in"].dtype
     x = dense(input_t.astype(dtype), params["w_in"]) + params["bias_in"].astype(dtype)
-    x, trunk = blocks.step(params["blocks"], cfg, x, state["blocks"])
+    x, inner = trunk.step(params["blocks"], cfg, x, state["blocks"])
     total = state["sum"] + wide(rms_norm(x, params["norm_final"]))
     count = state["count"] + 1
-    return _head(params, total, count), {"blocks": trunk, "sum": total, "count": count}
+    return _head(params, total, count), {"blocks": inner, "sum": total, "count": count}
 
 
 def param_count(cfg: Config) -> int:
     """Number of parameters; nothing is allocated."""
-    return blocks.count(init, cfg)
+    return trunk.count(init, cfg)
 
 
 def state_bytes(cfg: Config) -> int:

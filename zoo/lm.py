@@ -15,7 +15,7 @@ from jax import Array
 from layers.checks import require, require_positive
 from layers.common import Params, weight
 from layers.fields import later
-from zoo import blocks
+from zoo import blocks, trunk
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +26,7 @@ class Config(blocks.Config):
     tie: bool = True  # the head is the transposed embedding
     embed_scale: float = later(1.0)  # multiplies embeddings, not the head
     logit_cap: float | None = later(None)  # c: logits are c tanh(logits / c)
+    norm_embed: bool = later(False)  # embeddings go through a norm as those of the first block
 
     def __post_init__(self):
         require_positive(self, "vocab_size")
@@ -38,9 +39,11 @@ def init(key: Array, cfg: Config) -> Params:
     embed_key, trunk_key, head_key = jax.random.split(key, 3)
     params = {
         "w_embed": 0.02 * jax.random.normal(embed_key, (cfg.vocab_size, cfg.width)),
-        "blocks": blocks.init(trunk_key, cfg),
-        "norm_final": blocks.init_norm(cfg, cfg.blocks[-1]),
+        "blocks": trunk.init(trunk_key, cfg),
+        "norm_final": trunk.init_norm(cfg, cfg.blocks[-1]),
     }
+    if cfg.norm_embed:
+        params["norm_embed"] = trunk.init_norm(cfg, cfg.blocks[0])
     if not cfg.tie:
         params["w_head"] = weight(head_key, cfg.width, cfg.vocab_size)
     return params
@@ -48,12 +51,13 @@ def init(key: Array, cfg: Config) -> Params:
 
 def init_state(cfg: Config, batch: int):
     """The empty state: what every block remembers of an empty past."""
-    return blocks.init_state(cfg, batch)
+    return trunk.init_state(cfg, batch)
 
 
 def _embedded(params: Params, cfg: Config, tokens: Array, dtype) -> Array:
     x = params["w_embed"].astype(dtype or params["w_embed"].dtype)[tokens]
-    return x if cfg.embed_scale == 1 else x * jnp.asarray(cfg.embed_scale, x.dtype)
+    x = x if cfg.embed_scale == 1 else x * jnp.asarray(cfg.embed_scale, x.dtype)
+    return cfg.blocks[0].norm(x, params["norm_embed"]) if cfg.norm_embed else x
 
 
 def _final(params: Params, cfg: Config, x: Array) -> Array:
@@ -76,7 +80,7 @@ def hidden(
     For losses that need logits only at some positions, or chunk by chunk: see `logits`.
     """
     x = _embedded(params, cfg, tokens, dtype)
-    x, state, aux = blocks.apply(
+    x, state, aux = trunk.apply(
         params["blocks"], cfg, x, state, segment_ids=segment_ids, implementation=implementation
     )
     return _final(params, cfg, x), state, aux
@@ -100,13 +104,13 @@ def apply(params, cfg, tokens, state=None, *, segment_ids=None, implementation=N
 def step(params: Params, cfg: Config, token: Array, state, *, dtype=None):
     """One token: `token [B] -> (logits [B,vocab], state)`."""
     x = _embedded(params, cfg, token, dtype)
-    x, state = blocks.step(params["blocks"], cfg, x, state)
+    x, state = trunk.step(params["blocks"], cfg, x, state)
     return logits(params, cfg, _final(params, cfg, x)), state
 
 
 def param_count(cfg: Config) -> int:
     """Number of parameters, embeddings included; nothing is allocated."""
-    return blocks.count(init, cfg)
+    return trunk.count(init, cfg)
 
 
 def active_param_count(cfg: Config) -> int:

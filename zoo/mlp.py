@@ -10,17 +10,20 @@ Published models differ in how a token chooses. Their p may be sigmoid(W_router 
 they are (`renormalise`) or times `scale`; a bias may be added where experts are chosen and not where they are
 weighed (`score_bias`), and experts may stand in groups of which a token chooses first, by the sum of the two
 largest in each (`expert_groups`; DeepSeek-AI 2024, arXiv 2412.19437). One more expert may see every token
-(`shared`), times sigmoid(w x) with `shared_gate`.
+(`shared`), times sigmoid(w x) with `shared_gate`. An MLP that shares its weights with others may add a matrix
+of rank `adapter` of its own to the first one (Glorioso et al. 2024, arXiv 2411.15242).
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from layers.checks import require, require_choice, require_not_negative, require_positive
-from layers.common import Params, dense, weight, wide
+from layers.common import Params, adapted, adapter_init, dense, weight, wide
+from layers.fields import later
 from layers.routing import balance, chosen_weights, route
 
 KINDS = ("swiglu", "gelu", "none")
@@ -46,14 +49,17 @@ class Config:
     groups_per_token: int = 1
     shared: int = 0  # hidden width of the expert that every token meets; 0 for none
     shared_gate: bool = False
+    exact: bool = later(False)  # GELU by the error function, not by tanh
+    adapter: int = later(0)  # rank; 0 for none
 
     def __post_init__(self):
         require_positive(self, "hidden", "experts_per_token", "expert_groups", "groups_per_token")
         require_choice(self, "kind", ACTIVATIONS)
         require_choice(self, "score", SCORES)
-        require_not_negative(self, "experts", "shared", "balance")
+        require_not_negative(self, "experts", "shared", "balance", "adapter")
         if self.experts:
             require(not self.bias, "mlp: experts have no biases")
+            require(not self.adapter, "mlp: experts have no adapters")
             k, groups = self.experts_per_token, self.expert_groups
             require(k <= self.experts, f"experts_per_token={k} exceeds experts={self.experts}")
             ok = self.experts % groups == 0 and self.groups_per_token <= groups
@@ -69,7 +75,8 @@ class Config:
 
     def weights(self, width: int) -> int:
         """Of one MLP, or of one expert."""
-        return width * (self.inner(self.hidden) + self.hidden)
+        inner = self.inner(self.hidden)
+        return width * (inner + self.hidden) + self.adapter * (width + inner)
 
     def active(self, width: int) -> int:
         """Weights that one token meets, the router's among them."""
@@ -86,12 +93,14 @@ class Config:
 def init(in_key: Array, out_key: Array, router_key: Array, cfg: Config, width: int) -> Params:
     """Matrices of one MLP `[D, hidden]`, `[hidden, D]`, or of E of them and their router `[D, E]`."""
     experts = (cfg.experts,) if cfg.experts else ()
-    params = {
+    params: Params = {
         "w_in": weight(in_key, width, *experts, cfg.inner(cfg.hidden)),
         "w_out": weight(out_key, cfg.hidden, *experts, width),
     }
     if cfg.bias:
         params |= {"in_bias": jnp.zeros(cfg.inner(cfg.hidden)), "out_bias": jnp.zeros(width)}
+    if cfg.adapter:
+        params["adapter"] = adapter_init(router_key, cfg.adapter, width, {"in": cfg.inner(cfg.hidden)})
     return params | (_init_choice(router_key, cfg, width) if cfg.experts else {})
 
 
@@ -116,10 +125,13 @@ def _inner(params: Params, cfg: Config, x: Array) -> Array:
     inner = dense(x, params["w_in"])
     if cfg.bias:
         inner = inner + params["in_bias"].astype(inner.dtype)
+    if cfg.adapter:
+        inner = inner + adapted(params["adapter"], ("in",), x)
     if cfg.kind == "gelu":
-        return jax.nn.gelu(inner)
+        return jax.nn.gelu(inner, approximate=not cfg.exact)
     gate, value = jnp.split(inner, 2, -1)
-    return (jax.nn.silu(gate) if cfg.kind == "swiglu" else jax.nn.gelu(gate)) * value
+    act = jax.nn.silu if cfg.kind == "swiglu" else partial(jax.nn.gelu, approximate=not cfg.exact)
+    return act(gate) * value
 
 
 def _choice(params: Params, cfg: Config, x: Array) -> tuple[Array, Array, Array]:

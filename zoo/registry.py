@@ -80,6 +80,7 @@ LAYERS: dict[str, Entry] = {
     "gated_delta_product": Entry("gated_delta_product", "chunkwise"),
     "comba": Entry("comba", "chunkwise"),
     "rwkv7": Entry("rwkv7", "chunkwise"),
+    "rwkv_channel_mix": Entry("rwkv_channel_mix", "convolution"),
     "momentum_delta": Entry("momentum_delta", "chunkwise"),
     "retnet": Entry("retnet", "chunkwise"),
     "lightning_attention": Entry("lightning_attention", "chunkwise"),

@@ -85,7 +85,37 @@ def jamba():
     )  # fmt: skip
 
 
-TYPES = (mamba, mamba2, falcon_mamba, recurrent_gemma, minimax, kimi_linear, jamba, qwen3_next)
+def xlstm():
+    return transformers.xLSTMConfig(
+        hidden_size=20, num_heads=2, num_hidden_layers=3, qk_dim_factor=0.3, v_dim_factor=1.4,
+        ffn_proj_factor=2.3, ffn_round_up_to_multiple_of=7, gate_soft_cap=3.0, output_logit_soft_cap=4.0,
+        norm_eps=3e-5, eps=1e-3, chunk_size=16, **IDS,
+    )  # fmt: skip
+
+
+def zamba2():
+    """Two shared blocks in turn, each with adapters for everything, and rotary positions."""
+    return transformers.Zamba2Config(
+        hidden_size=20, num_hidden_layers=5, mamba_d_state=5, mamba_d_conv=3, mamba_expand=3, mamba_ngroups=2,
+        n_mamba_heads=6, time_step_min=0.3, intermediate_size=13, num_attention_heads=4, num_mem_blocks=2,
+        use_shared_attention_adapter=True, adapter_rank=3, use_mem_rope=True, rms_norm_eps=3e-5,
+        layers_block_type=[("mamba", "hybrid")[n] for n in (0, 1, 1, 0, 1)], chunk_size=16, **IDS,
+    )  # fmt: skip
+
+
+def zamba2_grouped():
+    """One shared block with grouped queries, for which theirs has no adapters, and without positions."""
+    return transformers.Zamba2Config(
+        hidden_size=20, num_hidden_layers=6, mamba_d_state=5, n_mamba_heads=5, intermediate_size=13,
+        num_attention_heads=4, num_key_value_heads=2, num_mem_blocks=1, adapter_rank=3, chunk_size=16,
+        layers_block_type=["mamba", "mamba", "hybrid"] * 2, **IDS,
+    )  # fmt: skip
+
+
+TYPES = (
+    mamba, mamba2, falcon_mamba, recurrent_gemma, minimax, kimi_linear, jamba, qwen3_next, xlstm, zamba2,
+    zamba2_grouped,
+)  # fmt: skip
 
 
 def randomise(model):
@@ -97,6 +127,8 @@ def randomise(model):
         tensor.data = torch.randn_like(tensor) * fan_in**-0.5 + centre
         if name.endswith(("A_log", "recurrent_param")):
             tensor.data = torch.rand_like(tensor) * 2 - 2
+        if "adapter" in name:  # small beside what they are added to, or rounding grows a thousandfold
+            tensor.data *= 0.55
     return model.eval().float()
 
 
@@ -113,8 +145,8 @@ def seeded(seed, make):
     return randomise(make())
 
 
-def save(model):
-    folder = FIXTURES / f"pretrained_{model.config.model_type}"
+def save(model, name=None):
+    folder = FIXTURES / f"pretrained_{name or model.config.model_type}"
     model.save_pretrained(folder)
     (folder / "generation_config.json").unlink(missing_ok=True)
     tokens = torch.randint(0, VOCAB, (BATCH, LENGTH))
@@ -137,4 +169,4 @@ if __name__ == "__main__":
     for seed, make in enumerate(TYPES):
         if not sys.argv[1:] or make.__name__ in sys.argv[1:]:
             with torch.no_grad():
-                save(seeded(seed, lambda make=make: build(make)))
+                save(seeded(seed, lambda make=make: build(make)), make.__name__)

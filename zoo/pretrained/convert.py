@@ -3,148 +3,36 @@
 import dataclasses
 import json
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import jax
 import numpy as np
 
+from layers.checks import require
 from zoo import checkpoint, lm
-from zoo.pretrained import formats
 from zoo.pretrained.files import (
     BESIDE,
     CONFIG,
     DTYPES,
     SHARD_BYTES,
-    Folder,
     Stored,
     Tensor,
+    is_inside,
     locate,
     open_folder,
     read_config,
+    read_inside,
     write_folder,
 )
-from zoo.pretrained.formats import Format
-from zoo.pretrained.links import Link, shape_of, size_of
-from zoo.pretrained.options import read
+from zoo.pretrained.links import shape_of
+from zoo.pretrained.plan import HEAD, Plan, check, make_plan, paths, raise_all, unlike
 
 # Tokens that full attention holds unless more are asked for: its state is made at once, and published limits
 # of a million tokens are gigabytes a layer.
 MAX_LENGTH = 4096
-HEAD = "lm_head.weight"
 # A run directory made of a checkpoint keeps here what the weights alone do not say.
 SOURCE, STORED = "source", "tensors.json"
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a config.json asks for: our model, and the links of its arrays by path, each with its repeat."""
-
-    cfg: lm.Config
-    format: Format
-    options: SimpleNamespace
-    shapes: dict[str, tuple[int, ...]]  # of our arrays
-    links: dict[str, list[tuple[int | None, Link]]]
-
-    def one(self, path: str, repeat: int | None) -> tuple[int, ...]:
-        """The shape of one block's part of an array."""
-        return self.shapes[path] if repeat is None else self.shapes[path][1:]
-
-    def theirs(self) -> dict[str, tuple[int, ...]]:
-        """Their shapes by key."""
-        found = ((link, self.one(path, r)) for path, links in self.links.items() for r, link in links)
-        return {link.key: shape_of(link, shape) for link, shape in found}
-
-    def by_key(self) -> dict[str, list[tuple[str, int | None, Link]]]:
-        found: dict[str, list[tuple[str, int | None, Link]]] = {}
-        for path, links in self.links.items():
-            for repeat, link in links:
-                found.setdefault(link.key, []).append((path, repeat, link))
-        return found
-
-
-def paths(tree: Any) -> dict[str, Any]:
-    """Leaves by path, `blocks/0/0/mixer/w_in`, in the tree's order."""
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
-
-
-def _positions(cfg: lm.Config) -> Iterator[tuple[str, int]]:
-    """Where each block's parameters are: a path and its place in the stack."""
-    for group, (blocks, repeats) in enumerate(cfg.block_groups):
-        for repeat in range(repeats):
-            for place in range(len(blocks)):
-                yield f"blocks/{group}/{place}", repeat
-
-
-def make_plan(config: dict[str, Any], max_length: int, keys: frozenset[str]) -> tuple[Plan | None, list[str]]:
-    """What to do about a config.json, and what is wrong with it; None where that leaves no model."""
-    kind = formats.find(config)
-    options, problems = read(kind.options, config)
-    try:
-        cfg, more = kind.config(options, max_length)
-        problems += more
-    except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
-        # Where an option is wrong already, what follows from it is not worth a line.
-        return None, problems or [f"options do not fit together: {error}"]
-    template = jax.eval_shape(lambda: lm.init(jax.random.key(0), cfg))
-    shapes = {path: leaf.shape for path, leaf in paths(template).items()}
-    links: dict[str, list[tuple[int | None, Link]]] = {path: [] for path in shapes}
-    for link in kind.model(cfg):
-        links[link.path].append((None, link))
-    for number, (path, repeat) in enumerate(_positions(cfg)):
-        for link in kind.block(options, cfg, number, keys):
-            links[f"{path}/{link.path}"].append((repeat, link))
-    plan = Plan(cfg, kind, options, shapes, links)
-    for path, shape in shapes.items():
-        linked = sum(size_of(link, plan.one(path, r)) for r, link in links[path])
-        assert linked == np.prod(shape, dtype=int), f"{path}: {linked} of {shape} are linked"
-    return plan, problems
-
-
-def _check(folder: Folder, plan: Plan, without: tuple[str, ...]) -> list[str]:
-    """Everything that is wrong with the tensors."""
-    wanted = plan.theirs()
-    constants = plan.format.constants(plan.options, plan.cfg)
-    found = {k: t for k, t in folder.tensors.items() if not k.startswith(without)}
-    problems = [f"tensor {key} {list(wanted[key])} is missing" for key in wanted if key not in found]
-    for key, tensor in found.items():
-        if tensor.dtype not in DTYPES:
-            problems.append(f"tensor {key} has dtype {tensor.dtype}, not {', '.join(DTYPES)}")
-        elif key in wanted and tensor.shape != wanted[key]:
-            problems.append(f"tensor {key} is {list(tensor.shape)}, not {list(wanted[key])}")
-        elif key in constants:
-            problems += _differs(key, tensor, constants[key])
-        elif key == HEAD and plan.cfg.tie:
-            problems += _untied(tensor, plan, found)
-        elif key not in wanted:
-            problems.append(f"tensor {key} {list(tensor.shape)} is unknown")
-    return problems
-
-
-def _differs(key: str, tensor: Stored, constant: np.ndarray) -> list[str]:
-    bound = 1e-4 if tensor.dtype in ("F32", "F64") else 2e-2
-    if tensor.shape != constant.shape:
-        return [f"tensor {key} is {list(tensor.shape)}, not {list(constant.shape)}"]
-    equal = np.allclose(tensor.map().astype(np.float64), constant, bound, bound)
-    return [] if equal else [f"tensor {key} is not what the options make it"]
-
-
-def _untied(tensor: Stored, plan: Plan, found: dict[str, Stored]) -> list[str]:
-    """A head that is written out although it is tied has to be the embedding."""
-    embedding = found.get(next(link.key for _, link in plan.links["w_embed"]))
-    alike = embedding is not None and (tensor.shape, tensor.dtype) == (embedding.shape, embedding.dtype)
-    if alike and embedding is not None and tensor.map().tobytes() == embedding.map().tobytes():
-        return []
-    return [f"tensor {HEAD} differs from the embedding, to which the options tie it"]
-
-
-def _raise(folder: Path, problems: list[str]) -> None:
-    if problems:
-        raise ValueError(f"{folder} does not fit ({len(problems)} problems):\n  " + "\n  ".join(problems))
 
 
 def load_pretrained(
@@ -172,8 +60,8 @@ def load_pretrained(
     plan, problems = make_plan(folder.config, max_length, frozenset(folder.tensors))
     problems = [*folder.problems, *problems]
     if plan is not None:
-        problems += _check(folder, plan, without)
-    _raise(path, problems)
+        problems += check(folder, plan, without)
+    raise_all(path, problems)
     assert plan is not None
     leaves = [_place(p, _fill(plan, p, folder.tensors, dtype), sharding) for p in plan.shapes]
     template = jax.eval_shape(lambda: lm.init(jax.random.key(0), plan.cfg))
@@ -183,7 +71,7 @@ def load_pretrained(
 def _load_native(path: Path, dtype: Any, sharding: Any, max_length: int) -> tuple[lm.Config, Any]:
     """A run directory that was made of a checkpoint: weights of its own, config from its source."""
     plan, problems = make_plan(read_config(path / SOURCE), max_length, frozenset(_dtypes(path / SOURCE)))
-    _raise(path / SOURCE, problems)
+    raise_all(path / SOURCE, problems)
     assert plan is not None
     params = checkpoint.load_params(path)
     leaves = [_place(p, np.asarray(leaf, dtype), sharding) for p, leaf in paths(params).items()]
@@ -218,7 +106,10 @@ def _place(path: str, array: np.ndarray, sharding: Any) -> jax.Array:
 def _dtypes(path: Path) -> dict[str, str]:
     """How a checkpoint stores its tensors: from its own files, or as was written down beside its config."""
     if (path / STORED).is_file():
-        return json.loads((path / STORED).read_bytes())
+        dtypes = read_inside(path, STORED)
+        wrong = [key for key, name in dtypes.items() if not isinstance(name, str) or name not in DTYPES]
+        require(not wrong, f"{path / STORED}: tensor {wrong[:1]} has no dtype of {', '.join(DTYPES)}")
+        return dtypes
     return {key: tensor.dtype for key, tensor in open_folder(path).tensors.items()}
 
 
@@ -240,12 +131,15 @@ def save_pretrained(
     source, directory = locate(like, revision), Path(directory)
     source = source / SOURCE if (source / SOURCE / CONFIG).is_file() else source
     config, dtypes = read_config(source), _dtypes(source)
-    lengths = [n for layer in cfg.layers if (n := getattr(layer, "max_length", None))]
+    layers = *cfg.layers, *(block.attention for block in cfg.shared)
+    lengths = [n for layer in layers if (n := getattr(layer, "max_length", None))]
     plan, problems = make_plan(config, max(lengths, default=MAX_LENGTH), frozenset(dtypes))
     if plan is not None:
-        problems += [] if plan.cfg == cfg else ["the model differs from that of its config.json"]
-        problems += _unlike(plan, params)
-    _raise(source, problems)
+        # These two decide no value.
+        ours = dataclasses.replace(cfg, remat=plan.cfg.remat, piece=plan.cfg.piece)
+        problems += [] if plan.cfg == ours else ["the model differs from that of its config.json"]
+        problems += unlike(plan, params)
+    raise_all(source, problems)
     assert plan is not None
     leaves = paths(params)
     tensors = [_tensor(plan, leaves, key, links, dtypes) for key, links in plan.by_key().items()]
@@ -262,7 +156,7 @@ def keep_source(name: str | Path, directory: Path) -> None:
     """Keep in `directory` what an export needs of a checkpoint beside its weights, and its tokenizer."""
     folder = open_folder(locate(name))
     plan, problems = make_plan(folder.config, MAX_LENGTH, frozenset(folder.tensors))
-    _raise(folder.path, problems)
+    raise_all(folder.path, problems)
     assert plan is not None
     names = plan.format.constants(plan.options, plan.cfg).keys() & folder.tensors.keys()
     kept = [Tensor(k, t.shape, DTYPES[t.dtype], t.map) for k, t in folder.tensors.items() if k in names]
@@ -273,20 +167,11 @@ def keep_source(name: str | Path, directory: Path) -> None:
 
 
 def copy_beside(source: Path, directory: Path) -> None:
-    """Tokenizer and generation settings."""
+    """Tokenizer and generation settings. ValueError where one of them leads out of `source`."""
     for name in BESIDE:
         if (source / name).is_file():
+            require(is_inside(source, name), f"{source / name} leads out of the folder")
             shutil.copyfile(source / name, directory / name)
-
-
-def _unlike(plan: Plan, params: Any) -> list[str]:
-    ours = {path: tuple(leaf.shape) for path, leaf in paths(params).items()}
-    names = sorted(ours.keys() | plan.shapes.keys())
-    return [
-        f"parameter {n} is {ours.get(n, 'absent')}, not {plan.shapes.get(n, 'known')}"
-        for n in names
-        if ours.get(n) != plan.shapes.get(n)
-    ]
 
 
 def _tensor(plan: Plan, leaves: dict[str, Any], key: str, links: list, dtypes: dict[str, str]) -> Tensor:

@@ -19,6 +19,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from layers.checks import require
+from zoo.reading import parse, read_object
 
 CONFIG, ONE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 # Travel beside the weights.
@@ -89,15 +90,15 @@ def locate(name: str | Path, revision: str | None = None) -> Path:
 
 def read_config(path: Path) -> dict[str, Any]:
     """config.json. FileNotFoundError where there is none, ValueError where it is no JSON object."""
-    file = path / CONFIG
-    if not file.is_file():
+    if not (path / CONFIG).is_file():
         raise FileNotFoundError(f"{path} holds no {CONFIG}")
-    try:
-        config = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from None
-    require(isinstance(config, dict), f"{file} does not hold a JSON object")
-    return config
+    return read_inside(path, CONFIG)
+
+
+def read_inside(folder: Path, name: str) -> dict[str, Any]:
+    """The JSON object in a file of `folder`; ValueError for another value, or a link that leads elsewhere."""
+    require(is_inside(folder, name), f"{folder / name} leads out of the folder")
+    return read_object(folder / name)
 
 
 def open_folder(path: Path) -> Folder:
@@ -126,8 +127,9 @@ def open_folder(path: Path) -> Folder:
 def _shards(path: Path, problems: list[str]) -> tuple[list[str], dict[str, str] | None]:
     """Names of the files with weights, and the index where there is one; no name leads out of the folder."""
     if (path / INDEX).is_file():
-        index = json.loads((path / INDEX).read_bytes()).get("weight_map")
-        require(isinstance(index, dict), f"{path / INDEX} has no weight_map")
+        index = read_inside(path, INDEX).get("weight_map", 0)
+        ok = isinstance(index, dict) and all(isinstance(name, str) for name in index.values())
+        require(ok, f"{path / INDEX} has no weight_map of names")
         names = sorted(set(index.values()))
     elif (path / ONE).is_file():
         index, names = None, [ONE]
@@ -135,14 +137,14 @@ def _shards(path: Path, problems: list[str]) -> tuple[list[str], dict[str, str] 
         pickles = sorted(p.name for p in path.glob("*.bin"))
         what = f"only {pickles[0]}, a pickle, which is not read" if pickles else "no weights"
         raise FileNotFoundError(f"{path} holds {what}; {ONE} or {INDEX} is expected")
-    inside = [name for name in names if _inside(path, name)]
-    problems += [f"{name!r} in {INDEX} leads out of the folder" for name in names if name not in inside]
+    inside = [name for name in names if is_inside(path, name)]
+    problems += [f"{name!r} leads out of the folder" for name in names if name not in inside]
     return inside, index
 
 
-def _inside(folder: Path, name: str) -> bool:
+def is_inside(folder: Path, name: str) -> bool:
     """Whether `name` is a file of `folder`; the hub's cache keeps links to files beside its snapshots."""
-    if not isinstance(name, str) or name != os.path.basename(name) or name in ("", ".", ".."):
+    if name != os.path.basename(name) or name in ("", ".", "..") or "\0" in name:
         return False
     folder = folder.resolve()
     cache = folder.parent.parent / "blobs"
@@ -152,11 +154,12 @@ def _inside(folder: Path, name: str) -> bool:
 
 def _header(path: Path) -> dict[str, Stored]:
     """The tensors of a file, which the library has found sound: offsets fit its length."""
+    require(path.is_file(), "no such file")
     with safe_open(path, "np"):
         pass
     with path.open("rb") as stream:
         (length,) = struct.unpack("<Q", stream.read(8))
-        header = json.loads(stream.read(length))
+        header = parse(stream.read(length), "its header")
     header.pop("__metadata__", None)
     start = 8 + length
     return {

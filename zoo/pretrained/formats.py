@@ -7,7 +7,18 @@ from typing import Any
 
 from layers.checks import require
 from zoo import lm
-from zoo.pretrained import fla, griffin, jamba, kimi_linear, mamba, minimax, qwen3_next
+from zoo.pretrained import (
+    fla,
+    griffin,
+    jamba,
+    kimi_linear,
+    mamba,
+    minimax,
+    qwen3_next,
+    rwkv7,
+    xlstm,
+    zamba2,
+)
 from zoo.pretrained.links import Link
 from zoo.pretrained.options import Option
 
@@ -46,7 +57,10 @@ FORMATS: dict[str, Format] = {
     "qwen3_next": _of(qwen3_next),
     "kimi_linear": _of(kimi_linear),
     "jamba": _of(jamba),
+    "xlstm": _of(xlstm),
+    "zamba2": _of(zamba2),
     **{name: _fla(name) for name in fla.MIXERS},
+    "rwkv7": _of(rwkv7),
     "samba": Format(fla.SAMBA, fla.samba_config, fla.samba_model, fla.samba_block),
 }
 
@@ -55,5 +69,6 @@ def find(config: dict[str, Any]) -> Format:
     """The format of a config.json. ValueError for a type that is not supported."""
     name = config.get("model_type")
     supported = ", ".join(FORMATS)
-    require(name in FORMATS, f"model_type={name!r} is not supported; these are: {supported}")
+    known = isinstance(name, str) and name in FORMATS
+    require(known, f"model_type={name!r} is not supported; these are: {supported}")
     return FORMATS[str(name)]

@@ -118,14 +118,18 @@ def block(o: SimpleNamespace, cfg: lm.Config, place: int, keys: frozenset[str]) 
     return [same("norm_mixer", f"{at}.norm.weight"), *selective(f"{at}.mixer")]
 
 
+def state_space(at: str) -> list[Link]:
+    """Mamba-2's own parameters."""
+    return [
+        matrix("mixer/w_in", f"{at}.in_proj.weight"),
+        taps("mixer/conv", f"{at}.conv1d.weight"),
+        same("mixer/conv_bias", f"{at}.conv1d.bias"),
+        *(same(f"mixer/{name}", f"{at}.{name}") for name in ("dt_bias", "A_log", "D")),
+        same("mixer/norm_scale", f"{at}.norm.weight"),
+        matrix("mixer/w_out", f"{at}.out_proj.weight"),
+    ]
+
+
 def block2(o: SimpleNamespace, cfg: lm.Config, place: int, keys: frozenset[str]) -> list[Link]:
     at = f"backbone.layers.{place}"
-    return [
-        same("norm_mixer", f"{at}.norm.weight"),
-        matrix("mixer/w_in", f"{at}.mixer.in_proj.weight"),
-        taps("mixer/conv", f"{at}.mixer.conv1d.weight"),
-        same("mixer/conv_bias", f"{at}.mixer.conv1d.bias"),
-        *(same(f"mixer/{name}", f"{at}.mixer.{name}") for name in ("dt_bias", "A_log", "D")),
-        same("mixer/norm_scale", f"{at}.mixer.norm.weight"),
-        matrix("mixer/w_out", f"{at}.mixer.out_proj.weight"),
-    ]
+    return [same("norm_mixer", f"{at}.norm.weight"), *state_space(f"{at}.mixer")]

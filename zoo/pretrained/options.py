@@ -14,6 +14,9 @@ WITHOUT_EFFECT = (
     "transformers_version", "use_cache",
 )  # fmt: skip
 
+COUNTED = ("layers", "layer", "experts", "heads")
+MOST, MOST_EXPERTS = 10_000, 200_000
+
 
 @dataclass(frozen=True)
 class Option:
@@ -97,6 +100,17 @@ def read(options: dict[str, Option | None], config: dict[str, Any]) -> tuple[Sim
     known = options.keys() | set(WITHOUT_EFFECT)
     problems += [f"option {name}={config[name]!r} is unknown" for name in sorted(config.keys() - known)]
     return values, problems
+
+
+def too_many(config: dict[str, Any]) -> list[str]:
+    """Options that count what a plan lists one by one, beyond any model: they are not to take the memory."""
+    counts = {n: v for n, v in config.items() if isinstance(v, int) and n.endswith(COUNTED)}
+    problems = [f"option {name}={value} exceeds {MOST:,}" for name, value in counts.items() if value > MOST]
+    layers = max((v for n, v in counts.items() if n.endswith("layers")), default=1)
+    experts = max((v for n, v in counts.items() if n.endswith("experts")), default=1)
+    if not problems and layers * experts > MOST_EXPERTS:
+        problems.append(f"options ask for {layers} x {experts} experts, more than {MOST_EXPERTS:,}")
+    return problems
 
 
 def rope(values: SimpleNamespace, share: float = 1.0) -> tuple[float, float, list[str]]:

@@ -8,11 +8,15 @@ from zoo.blocks import Block
 from zoo.pretrained.links import Link, expert, matrix, same
 
 
-def trunk(blocks: list[Block]) -> dict[str, Any]:
-    """`pattern` and `depth` of an lm.Config with these blocks: the shortest pattern that repeats."""
+def trunk(blocks: list[Block], first: int = 0) -> dict[str, Any]:
+    """`pattern` and `depth` of an lm.Config with these blocks: the shortest pattern that repeats, above the
+    `first` ones."""
     depth = len(blocks)
-    period = next(p for p in range(1, depth + 1) if all(blocks[i] == blocks[i % p] for i in range(depth)))
-    return {"pattern": tuple(blocks[:period]), "depth": depth, "mlp": "none"}
+    above = blocks[first:] or blocks
+    lengths = range(1, len(above) + 1)
+    period = next(p for p in lengths if all(block == above[i % p] for i, block in enumerate(above)))
+    more = {"first": tuple(blocks[:first])} if first else {}
+    return {"pattern": tuple(above[:period]), "depth": depth, "mlp": "none", **more}
 
 
 def ends(cfg: lm.Config, embed: str, norm: str, head: str = "lm_head.weight") -> list[Link]:
@@ -53,12 +57,12 @@ def experts(count: int, hidden: int, names: tuple[str, str, str], router: str = 
     return links
 
 
-def attention_projections(layer: attention.Config) -> list[Link]:
+def attention_projections(layer: attention.Config, prefix: str = "mixer/") -> list[Link]:
     """Keys and values of G heads, queries of H, and the way out."""
     q, k = layer.heads * layer.K, layer.G * layer.K
     return [
-        matrix("mixer/w_qkv", "q_proj.weight", 0, q),
-        matrix("mixer/w_qkv", "k_proj.weight", q, q + k),
-        matrix("mixer/w_qkv", "v_proj.weight", q + k),
-        matrix("mixer/w_out", "o_proj.weight"),
+        matrix(f"{prefix}w_qkv", "q_proj.weight", 0, q),
+        matrix(f"{prefix}w_qkv", "k_proj.weight", q, q + k),
+        matrix(f"{prefix}w_qkv", "v_proj.weight", q + k),
+        matrix(f"{prefix}w_out", "o_proj.weight"),
     ]
