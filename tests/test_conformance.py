@@ -18,25 +18,41 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh, PartitionSpec
 from rows import CHAOTIC, FIRST_ROWS, LONG_ROWS, ROWS, WIDTH
 
-from zoo import registry
+from pallas_kernels import sequence
+from zoo import registry, shards
 
 # Relative RMS error of bfloat16 activations against float32 ones.
 BF16_BOUND = 4e-2
 # 37 = 1 + 3 * 12: cut into one token and pieces, no boundary is one of a chunk. No other length is compiled.
 LENGTH, PIECE = 37, 12
+# Tokens of each of 4 devices.
+SHARD = 9
 
 
 # Checked at every change of the project, but not needed in every round of work: `make test-deep`.
 deep = pytest.mark.deep
 
 
-def rows(names):
+def rows(names, core=FIRST_ROWS):
     """One case per row; conftest.py runs all tests of a row in one process, one after the other."""
-    marked = [pytest.param(name, marks=() if name in FIRST_ROWS else deep) for name in names]
+    marked = [pytest.param(name, marks=() if name in core else deep) for name in names]
     return pytest.mark.parametrize("name", marked)
 
 
 by_row = rows(ROWS)
+
+# One row for every way of crossing from device to device: `make test`. The others: `make test-deep`.
+OVER_DEVICES = {
+    "gla",
+    "gated_delta_net",
+    "mamba",
+    "lru",
+    "s4",
+    "attention",
+    "attention-sinks",
+    "gru",
+    "rwkv6",
+}
 
 
 _present = []
@@ -48,7 +64,7 @@ def programs_of_one_row_at_a_time(request):
     name = request.node.callspec.params.get("name")
     if _present != [name]:
         _present[:] = [name]
-        for cached in (parameters, verbs, whole):
+        for cached in (parameters, verbs, whole_arguments, whole, along_time):
             cached.cache_clear()
         jax.clear_caches()
 
@@ -111,10 +127,16 @@ def warm_state(name, params):
 
 
 @functools.cache
-def whole(name):
-    """Arguments (parameters, inputs, a warm state), and values and gradients of `apply` there."""
+def whole_arguments(name):
+    """Parameters, inputs, a warm state."""
     _, _, params, x = setup(name)
-    state = warm_state(name, params)
+    return params, x, warm_state(name, params)
+
+
+@functools.cache
+def whole(name):
+    """`whole_arguments`, and values and gradients of `apply` there."""
+    params, x, state = whole_arguments(name)
     return (params, x, state), through(in_pieces(name, x), params, state)
 
 
@@ -182,10 +204,12 @@ def probed(name, links):
     return [*links, Link(verbs(name).step, normal(2, WIDTH, seed=4))]
 
 
-def packed_and_apart(name, ids):
-    """A row of documents in one call, and each document step by step from an empty state of its own."""
+def packed_and_apart(name, ids, verb=None):
+    """A row of documents in one call of `verb`, by default `apply`, and each document step by step from an
+    empty state of its own."""
     layer, cfg, *_ = setup(name)
-    (params, x, state), _ = whole(name)
+    params, x, state = whole_arguments(name)
+    x, verb = x[:, : ids.shape[1]], verb or verbs(name).apply
     begins = np.diff(ids, axis=1, prepend=ids[:, :1]) != 0
     apart = [link._replace(fresh=b) for link, b in zip(by_steps(name, x), begins.T, strict=True)]
     return [
@@ -196,7 +220,7 @@ def packed_and_apart(name, ids):
             dstate=jax.tree.map(np.zeros_like, state),
             empty=layer.init_state(cfg, 2),
         )
-        for links in ([Link(verbs(name).apply, x, jnp.asarray(ids))], apart)
+        for links in ([Link(verb, x, jnp.asarray(ids))], apart)
     ]
 
 
@@ -356,6 +380,36 @@ def test_sharded_over_batch_and_time(name):
     specs = PartitionSpec("batch", "time"), PartitionSpec("batch")
     sharded = jax.shard_map(shard, mesh=mesh, in_specs=specs, out_specs=specs[0], check_vma=False)
     assert_close(jax.jit(sharded)(x[:, : 2 * PIECE], state), result.outputs[0][:, : 2 * PIECE])
+
+
+@functools.cache
+def along_time(name):
+    """`apply` with 4 devices that hold a quarter of the tokens each."""
+    mesh = Mesh(np.array(jax.devices()[:4]), ("time",))
+    axis, cut, whole = sequence.Axis("time", 4), PartitionSpec(None, "time"), PartitionSpec()
+
+    def shard(params, x, state, ids):
+        with sequence.along(axis):
+            y, state, _ = shards.apply(ROWS[name], params, x, state, segment_ids=ids)
+        return y, axis.of_last(state)
+
+    specs = {"in_specs": (whole, cut, whole, cut), "out_specs": (cut, whole)}
+    return with_gradients(jax.shard_map(shard, mesh=mesh, check_vma=False, **specs))
+
+
+@rows(ROWS, OVER_DEVICES)
+def test_time_over_devices(name):
+    """Documents that go on over two devices' ends, that end with a device's tokens, and of one token."""
+    lengths = [7, 16, 4, 1, 8], [18, 9, 8, 1]
+    ids = np.array([np.repeat([3, 4, 3, 4, 3][: len(d)], d) for d in lengths])
+    assert_same_meaning(*packed_and_apart(name, ids, along_time(name)))
+
+
+@deep
+@by_row
+def test_one_document_over_devices(name):
+    ids = np.full((2, 4 * SHARD), 7)
+    assert_same_meaning(*packed_and_apart(name, ids, along_time(name)))
 
 
 @by_row

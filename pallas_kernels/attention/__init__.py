@@ -8,8 +8,9 @@ from pallas_kernels.attention.api import (
     chosen_attention,
     empty_cache,
     flops_per_token,
+    positions,
 )
-from pallas_kernels.attention.cache import Cache, positions
+from pallas_kernels.attention.cache import Cache
 from pallas_kernels.attention.parts import Part, merge
 
 __all__ = [

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
+from pallas_kernels import sequence
 from pallas_kernels.attention import cache as caches
-from pallas_kernels.attention import reference, xla
+from pallas_kernels.attention import reference, ring, xla
 from pallas_kernels.attention.cache import Cache
 from pallas_kernels.attention.parts import Part
 from pallas_kernels.chunks import accumulation_dtype, number_runs
@@ -83,20 +84,29 @@ def _run(q, k, v, span, cache, delay, part, *, extra, segment_ids, implementatio
         raise ValueError(f"attention: {q.shape[2]} query heads over {k.shape[2]} key heads")
     run = choose("attention", implementation, IMPLEMENTATIONS)
     dtype = accumulation_dtype(q, k, v)
+    q, k, v = (x.astype(dtype) for x in (q, k, v))
+    extra = jax.tree.map(lambda x: x.astype(dtype), extra)
     fresh = cache is None
     if cache is None:
         cache = empty_cache(q.shape[0], span, k.shape[2], k.shape[3], v.shape[3])
-    return run(
-        q.astype(dtype),
-        k.astype(dtype),
-        v.astype(dtype),
-        cache,
-        number_runs(segment_ids),
-        jax.tree.map(lambda x: x.astype(dtype), extra),
-        fresh=fresh,
-        delay=delay,
-        part=part,
-    )
+    if sequence.current() is not None:
+        where = positions(cache.length, segment_ids, q.shape[1])
+        if not ring.reaches_neighbour_only(span, q.shape[1]):
+            how = {"fresh": fresh, "delay": delay}
+            out, cache = ring.attention(q, k, v, cache, where, segment_ids, extra, **how)
+            return out if part else out.out, cache
+        cache, fresh = ring.halo(cache, k, v, where, segment_ids), False
+    return run(q, k, v, cache, number_runs(segment_ids), extra, fresh=fresh, delay=delay, part=part)
+
+
+def positions(length: Array, segment_ids: Array | None, steps: int) -> Array:
+    """`[B, T]` position of each token in its document; the first segment continues at `length`."""
+
+    def summary(start):
+        return None, caches.positions(start, segment_ids, steps)[:, -1] + 1
+
+    length = sequence.carried(length, segment_ids, summary, lambda _, length: length)
+    return caches.positions(length, segment_ids, steps)
 
 
 def chosen_attention(

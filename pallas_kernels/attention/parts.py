@@ -24,6 +24,12 @@ def weigh(logits: Array) -> tuple[Array, Array]:
     return weights, jnp.where(some[..., 0], jax.nn.logsumexp(logits, -1), -jnp.inf)
 
 
+def combine(parts: Sequence[Part]) -> Part:
+    """The softmax over all keys of all parts together, as one part."""
+    weights, lse = weigh(jnp.stack([part.lse for part in parts], -1))
+    return Part(jnp.einsum("...p,...pv->...v", weights, jnp.stack([part.out for part in parts], -2)), lse)
+
+
 def merge(parts: Sequence[Part], null: Array | None = None) -> Array:
     """`[..., H, V]`: the softmax over all keys of all parts together.
 

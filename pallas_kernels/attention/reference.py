@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -13,7 +14,7 @@ from pallas_kernels.chunks import scan_tokens
 def step(cache: caches.Cache, q: Array, k: Array, v: Array, position: Array, extra=None, delay=0):
     """One token. `q [B,H,K]`, `k [B,G,K]`, `v [B,G,V]`, `position [B]` in its document; `extra [P,G,.]`."""
     cache = caches.write(cache, k[:, None], v[:, None], position[:, None], jnp.ones((q.shape[0], 1), bool))
-    keys, values = cache.k, cache.v
+    keys, values = jax.lax.optimization_barrier((cache.k, cache.v))
     age = position[:, None] - cache.slots
     visible = (age >= delay) & (age < cache.slots.shape[1])
     if extra is not None:
@@ -27,10 +28,13 @@ def step(cache: caches.Cache, q: Array, k: Array, v: Array, position: Array, ext
 
 def read(q: Array, keys: Array, values: Array, visible: Array) -> Part:
     """`q [B,H,K]` against `keys [B,S,G,K]`, `values [B,S,G,V]` where `visible [B,S]`."""
-    keys, values = (jnp.repeat(x, q.shape[1] // x.shape[2], 2) for x in (keys, values))
-    logits = jnp.where(visible[:, None], jnp.einsum("bhk,bshk->bhs", q, keys), -jnp.inf)
-    weights, lse = weigh(logits)
-    return Part(jnp.einsum("bhs,bshv->bhv", weights, values), lse)
+    B, H, G = *q.shape[:2], keys.shape[2]
+    # Heads that share keys are one product with them: copies of the keys would be all the time of a step.
+    # Keys come first: where they are second, they are transposed for every token.
+    logits = jnp.einsum("bsgk,bgrk->bgsr", keys, q.reshape(B, G, H // G, -1)).swapaxes(2, 3)
+    weights, lse = weigh(jnp.where(visible[:, None, None], logits, -jnp.inf))
+    out = jnp.einsum("bgrs,bsgv->bgrv", weights, values)
+    return Part(out.reshape(B, H, -1), lse.reshape(B, H))
 
 
 def attention(q, k, v, cache, segment_ids=None, extra=None, *, delay=0):

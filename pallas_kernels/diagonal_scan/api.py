@@ -3,10 +3,12 @@
 from collections.abc import Callable
 from functools import wraps
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Inexact, Int
 
+from pallas_kernels import sequence
 from pallas_kernels.chunks import accumulation_dtype, number_runs
 from pallas_kernels.diagonal_scan import gpu, reference, tpu, xla
 from pallas_kernels.dispatch import Kernel, choose
@@ -47,8 +49,14 @@ def diagonal_scan(
     """
     if state is None:
         state = jnp.zeros((b.shape[0], *b.shape[2:]), accumulation_dtype(a, b))
-    arguments = _full(a, b), b, state, number_runs(segment_ids)
-    return choose("diagonal_scan", implementation, IMPLEMENTATIONS, arguments)(*arguments)
+    a, ids = _full(a, b), number_runs(segment_ids)
+    run = choose("diagonal_scan", implementation, IMPLEMENTATIONS, (a, b, state, ids))
+
+    def summary(start):
+        decay = jnp.prod(a, 1) if a.ndim == b.ndim else jax.lax.integer_pow(a, b.shape[1])
+        return decay, run(a, b, start, ids)[1]
+
+    return run(a, b, sequence.carried(state, segment_ids, summary), ids)
 
 
 def _full(a: Array, b: Array) -> Array:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
+from pallas_kernels import sequence
 from pallas_kernels.chunks import accumulation_dtype, chunk_length, number_runs
 from pallas_kernels.decay import decayed_scores_flops, full_decay
 from pallas_kernels.dispatch import Kernel, choose, widened
@@ -44,8 +45,13 @@ def dplr(
     """
     if state is None:
         state = jnp.zeros((v.shape[0], v.shape[2], q.shape[3], v.shape[3]), accumulation_dtype(q, v, a, b))
-    tokens = q, k, v, a, b, full_decay(log_decay, v), state, number_runs(segment_ids)
-    out, state = choose("dplr", implementation, IMPLEMENTATIONS, tokens)(*tokens)
+    decay, ids = full_decay(log_decay, v), number_runs(segment_ids)
+
+    def run(v, state):
+        tokens = q, k, v, a, b, decay, state, ids
+        return choose("dplr", implementation, IMPLEMENTATIONS, tokens)(*tokens)
+
+    out, state = run(v, sequence.carried_by_matrix(state, segment_ids, run, v))
     return out.astype(v.dtype), state
 
 

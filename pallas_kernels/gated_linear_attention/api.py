@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
+from pallas_kernels import sequence
 from pallas_kernels.chunks import accumulation_dtype, chunk_length, number_runs
 from pallas_kernels.decay import decayed_scores_flops, full_decay
 from pallas_kernels.dispatch import Kernel, choose, widened
@@ -49,8 +50,13 @@ def gated_linear_attention(
         raise ValueError(f"gated_linear_attention: {v.shape[2]} value heads over {q.shape[2]} key heads")
     if state is None:
         state = jnp.zeros((v.shape[0], v.shape[2], q.shape[3], v.shape[3]), accumulation_dtype(q, k, v))
-    tokens = q, k, v, full_decay(log_decay, v), state, number_runs(segment_ids)
-    out, state = choose("gated_linear_attention", implementation, IMPLEMENTATIONS, tokens)(*tokens)
+    tokens, ids = (q, k, v, full_decay(log_decay, v)), number_runs(segment_ids)
+    run = choose("gated_linear_attention", implementation, IMPLEMENTATIONS, (*tokens, state, ids))
+
+    def summary(start):
+        return jnp.exp(jnp.sum(tokens[3], 1))[..., None], run(*tokens, start, ids)[1]
+
+    out, state = run(*tokens, sequence.carried(state, segment_ids, summary), ids)
     return out.astype(v.dtype), state
 
 

@@ -4,13 +4,16 @@ M numbers are stored per channel: all N states of a real system, or N/2 complex 
 conjugate pair, whose products are then counted twice in their real part.
 """
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Complex, Float, Inexact, Int
 
+from pallas_kernels import sequence
 from pallas_kernels.chunks import accumulation_dtype, number_runs
 from pallas_kernels.dispatch import choose
 from pallas_kernels.long_conv import kernels, reference, xla
+from pallas_kernels.partition import by_rows
 from pallas_kernels.short_conv import reference as window
 
 DIAGONAL = {"reference": reference.diagonal_ssm, "xla": xla.diagonal_ssm}
@@ -83,7 +86,15 @@ def diagonal_ssm(
     run = choose("diagonal_ssm", implementation, DIAGONAL)
     if state is None:
         state = jnp.zeros((u.shape[0], *a.shape), a.dtype)
-    out, state = run(u.astype(accumulation_dtype(u, a.real)), a, b, c, state, number_runs(segment_ids))
+    wide, ids = u.astype(accumulation_dtype(u, a.real)), number_runs(segment_ids)
+
+    def from_state(start):
+        return by_rows(run, (wide, a, b, c, start, ids), (True, False, False, False, True, True))
+
+    def summary(start):
+        return jax.lax.integer_pow(a, u.shape[1]), from_state(start)[1]
+
+    out, state = from_state(sequence.carried(state, segment_ids, summary))
     return out.astype(u.dtype), state
 
 
@@ -123,7 +134,15 @@ def dplr_ssm(
     if state is None:
         state = jnp.zeros((u.shape[0], *lam.shape), lam.dtype)
     wide = u.astype(accumulation_dtype(u, lam.real))
-    out, state = run(wide, lam, p, b, c, dt, state, number_runs(segment_ids))
+    ids = number_runs(segment_ids)
+
+    def from_state(start):
+        return by_rows(run, (wide, lam, p, b, c, dt, start, ids), (True, *[False] * 5, True, True))
+
+    def summary(start):
+        return xla.dplr_power(lam, p, dt, u.shape[1]), from_state(start)[1]
+
+    out, state = from_state(sequence.carried(state, segment_ids, summary, xla.dplr_moved))
     return out.astype(u.dtype), state
 
 

@@ -21,7 +21,7 @@ from jax import Array
 
 from pallas_kernels.chunks import chunk_segments
 from pallas_kernels.long_conv.kernels import cauchy, powers, truncate, vandermonde
-from pallas_kernels.long_conv.reference import bilinear, dplr_advance
+from pallas_kernels.long_conv.reference import Bilinear, bilinear, dplr_advance
 
 # A power of two. 2 CPU cores, B=1 T=32k D=128 N=64: 32 and 256 are 1.1 to 1.5 times slower; 128 is up to a
 # tenth faster, but short sequences then pay for tables twice as large.
@@ -73,12 +73,30 @@ def diagonal_tables(a: Array, b: Array, c: Array) -> Tables:
     )
 
 
+def _dplr_matrix(lam: Array, system: Bilinear) -> Array:
+    """One token's map of stacked states, `[D,2M,2M]`."""
+    channels, size = lam.shape[0], 2 * lam.shape[1]
+    basis = jnp.broadcast_to(jnp.eye(size, dtype=lam.real.dtype)[:, None], (size, channels, size))
+    return jnp.moveaxis(stack(dplr_advance(unstack(basis, lam), system)), 0, 2)
+
+
+def dplr_power(lam: Array, p: Array, dt: Array, length: int) -> Array:
+    """What `length` tokens of `dplr_ssm` without input do to a stacked state, `[D,2M,2M]`."""
+    with FULL_PRECISION():
+        matrix = _dplr_matrix(lam, bilinear(lam, p, jnp.zeros_like(lam), dt))
+        return jnp.linalg.matrix_power(matrix, length)
+
+
+def dplr_moved(power: Array, state: Array) -> Array:
+    """`dplr_power` applied to `state [B,D,M]`."""
+    with FULL_PRECISION():
+        return unstack(jnp.einsum("dmn,bdn->bdm", power, stack(state)), state)
+
+
 def dplr_tables(lam: Array, p: Array, b: Array, c: Array, dt: Array) -> Tables:
     """Tables of `dplr_step`'s system: powers by doubling, the kernel from its generating function."""
     system = bilinear(lam, p, b, dt)
-    channels, size = lam.shape[0], 2 * lam.shape[1]
-    basis = jnp.broadcast_to(jnp.eye(size, dtype=lam.real.dtype)[:, None], (size, channels, size))
-    square = jnp.moveaxis(stack(dplr_advance(unstack(basis, lam), system)), 0, 2)
+    square = _dplr_matrix(lam, system)
     read = jnp.einsum("dmn,dm->dn", square, stack_row(c))[..., None]
     write = stack(dplr_advance(jnp.zeros_like(lam), system, system.b))[..., None]
     squares = [square]

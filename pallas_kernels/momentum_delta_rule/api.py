@@ -4,6 +4,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
+from pallas_kernels import sequence
 from pallas_kernels.chunks import accumulation_dtype, chunk_length, number_runs
 from pallas_kernels.dispatch import choose
 from pallas_kernels.momentum_delta_rule import reference, xla
@@ -31,12 +32,19 @@ def momentum_delta_rule(
 
     Recurrence: Behrouz et al. 2024 (arXiv 2501.00663) with a linear memory and gradients at W_{t-1}.
     """
-    run = choose("momentum_delta_rule", implementation, IMPLEMENTATIONS)
+    chosen = choose("momentum_delta_rule", implementation, IMPLEMENTATIONS)
     dtype = accumulation_dtype(q, k, v, p, log_decay, log_momentum)
     if state is None:
         state = jnp.zeros((v.shape[0], v.shape[2], 2, q.shape[3], v.shape[3]), dtype)
-    tokens = [x.astype(dtype) for x in (q, k, v, p, log_decay[..., None], log_momentum[..., None])]
-    out, state = run(*tokens, state, number_runs(segment_ids))
+    q, k, wide_v, *rest = (
+        x.astype(dtype) for x in (q, k, v, p, log_decay[..., None], log_momentum[..., None])
+    )
+    ids = number_runs(segment_ids)
+
+    def run(v, state):
+        return chosen(q, k, v, *rest, state, ids)
+
+    out, state = run(wide_v, sequence.carried_by_matrix(state, segment_ids, run, wide_v))
     return out.astype(v.dtype), state
 
 

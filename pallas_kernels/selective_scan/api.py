@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
+from pallas_kernels import sequence
 from pallas_kernels.chunks import accumulation_dtype, number_runs
 from pallas_kernels.dispatch import Kernel, choose, widened
 from pallas_kernels.selective_scan import gpu, reference, tpu, xla
@@ -42,8 +43,13 @@ def selective_scan(
     """
     if state is None:
         state = jnp.zeros((x.shape[0], *a.shape), accumulation_dtype(x, dt, a, b, c))
-    arguments = x, dt, a, b, c, state, number_runs(segment_ids)
-    out, state = choose("selective_scan", implementation, IMPLEMENTATIONS, arguments)(*arguments)
+    tokens, ids = (x, dt, a, b, c), number_runs(segment_ids)
+    run = choose("selective_scan", implementation, IMPLEMENTATIONS, (*tokens, state, ids))
+
+    def summary(start):
+        return jnp.exp(jnp.sum(dt, 1)[..., None] * a), run(*tokens, start, ids)[1]
+
+    out, state = run(*tokens, sequence.carried(state, segment_ids, summary), ids)
     if d is not None:
         dtype = accumulation_dtype(x, d)
         out = out.astype(dtype) + d.astype(dtype) * x.astype(dtype)

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
+from pallas_kernels import sequence
 from pallas_kernels.chunks import accumulation_dtype, number_runs
 from pallas_kernels.dispatch import Kernel, choose, widened
 from pallas_kernels.short_conv import gpu, reference, tpu, xla
@@ -36,9 +37,22 @@ def short_conv(
     if state is None:
         shape = x.shape[0], weight.shape[0] - 1, x.shape[2]
         state = jnp.zeros(shape, accumulation_dtype(x, weight))
-    arguments = x, weight, state, number_runs(segment_ids), mask
-    out, state = choose("short_conv", implementation, IMPLEMENTATIONS, arguments)(*arguments)
+    ids = number_runs(segment_ids)
+    run = choose("short_conv", implementation, IMPLEMENTATIONS, (x, weight, state, ids, mask))
+
+    def summary(start):
+        count = jnp.full(x.shape[0], x.shape[1]) if mask is None else jnp.sum(mask, 1)
+        return count, run(x, weight, start, ids, mask)[1]
+
+    state = sequence.carried(state, segment_ids, summary, _moved_on)
+    out, state = run(x, weight, state, ids, mask)
     return out.astype(x.dtype), state
+
+
+def _moved_on(count: Array, window: Array) -> Array:
+    """The window `[B,k-1,D]` after `count [B]` tokens more, with zeros in their places."""
+    place = jnp.minimum(count, window.shape[1])[:, None] + jnp.arange(window.shape[1])
+    return jnp.take_along_axis(jnp.concatenate([window, jnp.zeros_like(window)], 1), place[..., None], 1)
 
 
 def short_conv_step(
