@@ -132,8 +132,8 @@ def test_an_array_that_orbax_reads_back_wrongly_is_noticed(tmp_path, monkeypatch
     saved(tmp_path, 1)
     read = checkpoint._read_arrays
 
-    def wrong(path, described):
-        leaves = read(path, described)
+    def wrong(path, described, places):
+        leaves = read(path, described, places)
         leaves["params/w_embed"] = leaves["params/w_embed"] + 1
         return leaves
 
