@@ -45,6 +45,7 @@ import jax
 import jax.numpy as jnp
 
 from experiments import bench_generate, bench_kernels, bench_peers
+from experiments.flops import peak_flops
 from experiments.kernel_cases import VARIANTS
 from experiments.kernel_rows import ATTENTION
 from experiments.timing import (
@@ -58,7 +59,6 @@ from experiments.timing import (
     median_seconds,
     write,
 )
-from experiments.train import peak_flops
 from zoo import pieces, registry
 
 RESULTS = Path(__file__).parent / "results"

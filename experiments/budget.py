@@ -12,7 +12,8 @@ from functools import lru_cache
 from typing import Any
 
 from experiments.config import Run
-from experiments.train import model_module, train_flops
+from experiments.flops import train_flops
+from experiments.step import model_module
 from layers.checks import require, require_choice
 from zoo import lm
 

@@ -22,9 +22,10 @@ from typing import Any
 from experiments import config
 from experiments.budget import build
 from experiments.config import Run
-from experiments.directory import InUseError, lock, write_json
+from experiments.directory import InUseError, drop_cut_line, lock, rows_of, write_json
 from experiments.train import NotFiniteError, check, train
 from layers.checks import require
+from zoo.reading import read_json, read_object
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ def prepare(cells: tuple[Cell, ...], home: Path) -> None:
     for cell in cells:
         check(cell.run, build(cell.run.data))
     for cell in cells:
+        config.vouch(cell.run)
         directory = home / "cells" / cell.address
         if not (directory / "cell.json").exists():
             saved = config.to_dict(cell.run)
@@ -67,19 +69,19 @@ def prepare(cells: tuple[Cell, ...], home: Path) -> None:
 def outcome(directory: Path) -> Outcome:
     """How a cell stands."""
     if (directory / "summary.json").exists():
-        return Outcome(summary=json.loads((directory / "summary.json").read_text()))
+        return Outcome(summary=read_object(directory / "summary.json"))
     ends = [row["error"] for row in _attempts(directory) if row.get("error")]
     return Outcome(error=ends[-1] if ends else None)
 
 
 def _attempts(directory: Path) -> list[dict]:
-    path = directory / "attempts.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    return rows_of(directory / "attempts.jsonl")
 
 
 def _note(directory: Path, **row: Any) -> None:
-    with (directory / "attempts.jsonl").open("a") as stream:
+    path = directory / "attempts.jsonl"
+    drop_cut_line(path)
+    with path.open("a") as stream:
         stream.write(json.dumps(row) + "\n")
         stream.flush()
         os.fsync(stream.fileno())
@@ -114,7 +116,7 @@ def attempt(directory: Path, runner: str, retries: int, *, progress: bool = Fals
         where = {"host": platform.node(), "pid": os.getpid()}
         _note(directory, runner=runner, began=round(time.time(), 3), **where)
         try:
-            run = config.from_dict(json.loads((directory / "cell.json").read_text()))
+            run = config.from_dict(read_json(directory / "cell.json"))
             stopped = train(run, directory, progress=progress).stopped
         except Exception as error:
             final = isinstance(error, ValueError | NotFiniteError)

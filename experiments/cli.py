@@ -10,7 +10,7 @@ import sys
 import traceback
 from pathlib import Path
 
-from experiments import cli_generate, cli_weights
+from experiments import cli_generate, cli_weights, distributed
 
 
 def _prepare_environment() -> None:
@@ -71,14 +71,18 @@ def _config(options, rest: list[str]):
 
 
 def _train(options, rest: list[str]) -> int:
+    distributed.start(options)
     from experiments.config import Run
     from experiments.train import train
     from layers.checks import require
+    from zoo import processes
 
     run, directory = _config(options, rest)
     require(isinstance(run, Run), _other_verb(options.config, run))
     samples = cli_generate.samples(options)
     result = train(run, directory, tensorboard=options.tensorboard, samples=samples)
+    if not processes.first():
+        return 130 if result.stopped else 0
     if result.stopped:
         step = result.summary["step"]
         print(f"stopped by {result.stopped} at step {step}; the same command goes on from here")
@@ -183,6 +187,7 @@ def _parser() -> argparse.ArgumentParser:
         if verb == "train":
             sub.add_argument("--tensorboard", action="store_true", help="write TensorBoard files too")
             cli_generate.add_samples(sub)
+            distributed.add_arguments(sub)
         else:
             sub.add_argument(
                 "--workers", type=int, metavar="N", help="processes (default one a core or GPU; 0: only this)"

@@ -16,7 +16,6 @@ an interrupted comparison goes on where it stopped.
 """
 
 import dataclasses
-import json
 import math
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -27,6 +26,7 @@ from experiments import measure
 from experiments.budget import Budget, Costs, build, costs, matched
 from experiments.cells import Cell, outcome
 from experiments.config import Run
+from experiments.directory import rows_of
 from experiments.grid import Point, axis, product
 from experiments.overrides import override, replaced
 from experiments.reports.numbers import spread
@@ -113,8 +113,7 @@ class Arm:
         """Steps and training losses of every seed."""
         curves = []
         for directory in self.directories:
-            lines = (directory / "metrics.jsonl").read_text().splitlines()
-            rows = [row for row in map(json.loads, lines) if row["kind"] == "train"]
+            rows = [row for row in rows_of(directory / "metrics.jsonl", "step") if row["kind"] == "train"]
             curves.append(([row["step"] for row in rows], [row["loss"] for row in rows]))
         return curves
 

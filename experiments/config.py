@@ -8,17 +8,26 @@ import dataclasses
 import hashlib
 import importlib
 import json
+import os
+import sys
 from dataclasses import dataclass
-from typing import Any
+from types import ModuleType
+from typing import Any, cast
 
+from experiments.mesh import ONE_DEVICE, Mesh
 from layers.checks import require, require_choice, require_positive
 from layers.fields import later
 
 SCHEDULES = ("cosine", "wsd", "constant")
 DTYPES = ("float32", "bfloat16")
 INITIAL_STATES = ("zero", "carried", "shuffled", "gaussian")
-# They decide what is kept of a run, not what it computes: a run may be continued with others.
-KEEPING = ("checkpoint_every", "keep")
+# They decide what is kept of a run and where it runs, not what it computes: it may be continued with others.
+KEEPING = ("checkpoint_every", "keep", "prefetch")
+PLACING = "mesh"
+# Their config types are imported by name; others have to be there already, loaded by whoever wrote them.
+HOUSES = ("zoo", "layers", "experiments")
+# The environment variable of modules to import nevertheless, `mine,my.layers`.
+VOUCHED = "ZOO_MODULES"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +66,7 @@ class Optimizer:
 class Run:
     """One training run. Raises ValueError for numbers that do not fit."""
 
-    model: Any  # lm.Config or classifier.Config
+    model: Any  # lm.Config or classifier.Config, or `weights.FromWeights`
     data: Any  # a data config
     optimizer: Optimizer = Optimizer()
     steps: int = 1000
@@ -73,16 +82,24 @@ class Run:
     eval_split: str = "validation"
     checkpoint_every: int = 0  # steps between checkpoints; 0 for one at the end only
     keep: int = 2  # newest checkpoints that stay
-    max_bad_steps: int = 10  # updates in a row that may be skipped for a loss or gradient that is not finite
+    max_bad_steps: int = 10  # updates in a row that may be skipped; see `experiments.train`
     # The state that a training batch begins with (see `experiments.state_passing`).
     initial_state: str = later("zero")
     state_scale: float = later(1.0)  # standard deviation of "gaussian"
+    mesh: Mesh = later(ONE_DEVICE)  # of devices; one device unless given
+    # What the parameters begin as (see `experiments.weights`); random where it is empty.
+    initial_weights: str = later("")
+    initial_fingerprint: str = later("")  # of these; filled in, or checked where it is given
+    frozen: tuple[str, ...] = later(())  # parameters that stay as they are (see `experiments.frozen`)
+    prefetch: int = later(2)  # batches that a thread makes ahead of the step (see `experiments.feed`)
 
     def __post_init__(self):
         require_positive(self, "steps", "batch_size", "accumulate", "log_every", "keep", "max_bad_steps")
         require_choice(self, "compute_dtype", DTYPES)
         require_choice(self, "initial_state", INITIAL_STATES)
         require(self.state_scale > 0, f"state_scale={self.state_scale} must be > 0")
+        ok = isinstance(self.prefetch, int) and self.prefetch >= 0
+        require(ok, f"prefetch={self.prefetch!r} must be an integer >= 0")
         for name in ("loss_chunk", "eval_batch_size", "eval_batches"):
             if getattr(self, name) is not None:
                 require_positive(self, name)
@@ -119,7 +136,9 @@ def _said(of: dataclasses.Field, value: Any) -> bool:
 def from_dict(value: Any) -> Any:
     """The config that `to_dict` was given; fields added since take their defaults.
 
-    Lists become tuples. Raises ValueError for a type or a field that does not exist (any more).
+    Lists become tuples. Only config types are made: frozen dataclasses of the project's own packages, or of
+    a module that is loaded already; no other module is imported, whatever `value` names. Raises ValueError,
+    one line, for a type or a field that does not exist (any more) and for values that do not fit.
     """
     if isinstance(value, list):
         return tuple(from_dict(item) for item in value)
@@ -128,21 +147,52 @@ def from_dict(value: Any) -> Any:
     fields = {key: from_dict(item) for key, item in value.items() if key != "type"}
     if "type" not in value:
         return fields
-    made = _type(value["type"])
+    name = value["type"]
+    made = _type(name)
     known = {f.name for f in dataclasses.fields(made) if f.init}
     unknown = sorted(fields.keys() - known)
-    require(not unknown, f"{value['type']} has no field {', '.join(unknown)}")
-    return made(**fields)
-
-
-def _type(name: str) -> type:
-    module, _, attribute = name.partition(":")
+    require(not unknown, f"{name} has no field {', '.join(unknown)}")
     try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError):
-        found = None
-    require(isinstance(found, type) and dataclasses.is_dataclass(found), f"there is no config type {name!r}")
-    return found
+        return made(**fields)
+    except (TypeError, AttributeError, LookupError, ArithmeticError) as error:
+        raise ValueError(f"{name}: {' '.join(str(error).split())}") from None
+
+
+def _type(name: Any) -> type:
+    """The config type called `module:name`."""
+    module, _, attribute = name.partition(":") if isinstance(name, str) else ("", "", "")
+    # vars(): a module may import others when it is asked for a name that it has not.
+    found = vars(there).get(attribute) if (there := _module(module)) else None
+    # One that the module has imported from elsewhere is not its own.
+    ok = isinstance(found, type) and dataclasses.is_dataclass(found) and found.__module__ == module
+    frozen = ok and cast(Any, found).__dataclass_params__.frozen
+    hint = (
+        "" if there else f"; modules beyond the zoo's are imported if the environment has them in {VOUCHED}"
+    )
+    require(frozen, f"there is no config type {name!r}{hint}")
+    return cast(type, found)
+
+
+def _module(name: str) -> ModuleType | None:
+    if name not in sys.modules and (name.split(".")[0] in HOUSES or name in _vouched()):
+        try:
+            return importlib.import_module(name)
+        except (ImportError, ValueError):  # absent, or malformed as in "zoo..lm"
+            return None
+    return sys.modules.get(name)
+
+
+def _vouched() -> list[str]:
+    return os.environ.get(VOUCHED, "").split(",")
+
+
+def vouch(value: Any) -> None:
+    """Let the processes that are started from now on import the modules that `value` has its types from."""
+    types = [v for path, v in _flat(to_dict(value)).items() if path.rpartition(".")[2] == "type"]
+    modules = {str(name).partition(":")[0] for name in types}
+    beyond = {name for name in modules if name.split(".")[0] not in HOUSES} - set(_vouched())
+    if beyond:
+        os.environ[VOUCHED] = ",".join([*filter(None, _vouched()), *sorted(beyond)])
 
 
 def fingerprint(value: Any) -> str:
@@ -151,9 +201,11 @@ def fingerprint(value: Any) -> str:
 
 
 def difference(old: Any, new: Any) -> list[str]:
-    """Fields in which two configs differ, one `path: old -> new` each; those of KEEPING do not count."""
+    """Fields in which two configs differ, one `path: old -> new` each; those of KEEPING and the mesh do not
+    count."""
     before, after = _flat(to_dict(old)), _flat(to_dict(new))
-    paths = [p for p in before | after if p not in KEEPING and before.get(p) != after.get(p)]
+    counted = (p for p in before | after if p not in KEEPING and p.partition(".")[0] != PLACING)
+    paths = [p for p in counted if before.get(p) != after.get(p)]
     return [f"{p}: {before.get(p, 'absent')!r} -> {after.get(p, 'absent')!r}" for p in paths]
 
 

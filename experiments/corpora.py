@@ -5,7 +5,6 @@ Every complaint is one line that names the file and the place in it.
 
 import glob
 import hashlib
-import json
 import sysconfig
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from pathlib import Path
 
 from experiments.tokenizer import first_line
 from layers.checks import require
+from zoo.reading import parse
 
 SUFFIXES = {".txt", ".jsonl", ".parquet"}
 STDLIB_BYTES = 5_000_000
@@ -106,25 +106,21 @@ def _read_jsonl(file: Path) -> Iterator[dict]:
     """Line by line, and not through pyarrow: that guesses types (dates) and cannot say which line is bad."""
     for number, line in enumerate(_read_text(file).split("\n"), 1):
         if line.strip():
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{file}: line {number} is not JSON: {first_line(error)}") from None
+            row = parse(line, f"{file}: line {number}")
             require(isinstance(row, dict), f"{file}: line {number} is not a JSON object")
             yield row
 
 
 def _read_parquet(file: Path) -> Iterable[dict]:
-    """Streamed: nothing goes into the library's cache."""
-    import datasets
+    """Not through the datasets library, which asks the network and writes into its cache for a local file."""
+    from pyarrow import ArrowException
+    from pyarrow.parquet import ParquetFile
 
-    with _quiet():
-        try:
-            data_files = glob.escape(str(file))
-            rows = datasets.load_dataset("parquet", data_files=data_files, split="train", streaming=True)
-            return list(rows)
-        except Exception as error:  # pyarrow's and the library's own, many types
-            raise ValueError(f"{file}: not readable as parquet: {first_line(error)}") from None
+    try:
+        with ParquetFile(file) as table:
+            return table.read().to_pylist()
+    except (ArrowException, OSError, ValueError, MemoryError) as error:
+        raise ValueError(f"{file}: not readable as parquet: {first_line(error)}") from None
 
 
 def _texts(where, field: str, rows: Iterable[dict]) -> list[str]:

@@ -19,6 +19,9 @@ from experiments import config, tokenizer
 from experiments.config import Run
 from experiments.record import plain
 from experiments.tokenizer import Tokenizer
+from layers.checks import require
+from zoo import blocks
+from zoo.reading import parse, read_object
 
 
 class InUseError(RuntimeError):
@@ -36,11 +39,15 @@ def write_json(path: Path, value: Any) -> None:
 
 def _replace(path: Path, text: str) -> None:
     work = path.with_name(f".{path.name}.unfinished")
-    with work.open("w") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(work, path)
+    work.unlink(missing_ok=True)
+    try:
+        with work.open("x") as stream:  # never through a link that somebody has left there
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(work, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def read_config(directory: str | Path) -> tuple[Run, str]:
@@ -48,8 +55,32 @@ def read_config(directory: str | Path) -> tuple[Run, str]:
     path = Path(directory) / "config.json"
     if not path.exists():
         raise FileNotFoundError(f"{directory} is not the directory of a run: it has no config.json")
-    saved = json.loads(path.read_text())
-    return config.from_dict(saved["run"]), saved["data"]
+    saved = read_object(path, "run", "data")
+    run = config.from_dict(saved["run"])
+    whole = isinstance(run, Run) and isinstance(run.model, blocks.Config) and isinstance(saved["data"], str)
+    require(whole, f"{path} does not hold a run of a model")
+    return run, saved["data"]
+
+
+def drop_cut_line(path: Path) -> None:
+    """Take off the file what was being written when its writer was stopped."""
+    if path.exists():
+        whole = path.read_bytes().rpartition(b"\n")
+        os.truncate(path, len(whole[0]) + len(whole[1]))
+
+
+def rows_of(path: Path, *numbers: str) -> list[dict]:
+    """The rows of a .jsonl file, without one at the end that was cut short; none where there is no file.
+
+    ValueError, with the line, for what is no JSON object with a number under each of `numbers`.
+    """
+    require(path.is_file() or not path.exists(), f"{path} is no regular file")  # a pipe would never end
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    rows = [parse(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
+    for number, row in enumerate(rows, 1):
+        ok = isinstance(row, dict) and all(isinstance(row.get(name), int) for name in numbers)
+        require(ok, f"{path}, line {number} is no row of {', '.join(numbers) or 'values'}")
+    return rows
 
 
 def read_tokenizer(directory: str | Path) -> Tokenizer:
@@ -57,7 +88,7 @@ def read_tokenizer(directory: str | Path) -> Tokenizer:
     path = Path(directory) / "tokenizer.json"
     if not path.exists():
         raise FileNotFoundError(f"{directory} was not trained on text: it has no tokenizer.json")
-    return tokenizer.from_dict(json.loads(path.read_text()))
+    return tokenizer.from_dict(read_object(path))
 
 
 class Directory:
@@ -102,24 +133,46 @@ class Directory:
 
     def rows_until(self, step: int) -> list[dict]:
         """Rows of metrics up to `step`; later ones, and one that was cut short, are removed from the file."""
-        text = self.metrics.read_text() if self.metrics.exists() else ""
-        lines = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
-        rows = [(json.loads(line), line) for line in lines]
-        kept = [(row, line) for row, line in rows if row["step"] <= step]
-        _replace(self.metrics, "".join(line for _, line in kept))
-        return [row for row, _ in kept]
+        rows = [row for row in rows_of(self.metrics, "step") if row["step"] <= step]
+        _replace(self.metrics, "".join(json.dumps(row) + "\n" for row in rows))
+        return rows
 
     def read_summary(self) -> dict | None:
         path = self.path / "summary.json"
-        return json.loads(path.read_text()) if path.exists() else None
+        return read_object(path) if path.exists() else None
 
     def write_summary(self, summary: dict) -> None:
         write_json(self.path / "summary.json", plain(summary))
 
 
+class Guest(Directory):
+    """A directory that process 0 of many holds, for the others: they restore from it and write nothing."""
+
+    metrics: Any = None
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.checkpoints = self.path / "checkpoints"
+
+    def close(self) -> None:
+        pass
+
+    def write_tokenizer(self, used: Tokenizer | None) -> None:
+        pass
+
+    def rows_until(self, step: int) -> list[dict]:
+        return []
+
+    def read_summary(self) -> dict | None:
+        return None
+
+    def write_summary(self, summary: dict) -> None:
+        pass
+
+
 def lock(path: Path) -> TextIO:
     """A lock that goes with the process that holds it, however that ends. InUseError where one does."""
-    stream = path.open("w")
+    stream = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+")
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

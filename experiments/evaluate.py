@@ -11,8 +11,13 @@ import jax.numpy as jnp
 
 from experiments.config import Run
 from experiments.directory import read_config
+from experiments.faults import fault
 from experiments.losses import model_losses
+from experiments.mesh import Mesh, Placement
+from layers.checks import require
 from zoo import checkpoint
+
+ONE_DEVICE = Placement(Mesh())
 
 
 @cache
@@ -23,19 +28,31 @@ def _step(model: Any, chunk: int | None, dtype: str):
     return jax.jit(sums)
 
 
-def evaluate(run: Run, params: Any, source: Any, split: str | None = None) -> dict[str, float]:
+def evaluate(
+    run: Run,
+    params: Any,
+    source: Any,
+    split: str | None = None,
+    *,
+    placement: Placement = ONE_DEVICE,
+) -> dict[str, float]:
     """Means over `split` (default `run.eval_split`), over its first `run.eval_batches` batches.
 
     `loss` in nats and `accuracy` per labelled position, `exact` per sequence, and `tokens`, the number of
-    labelled positions. Raises ValueError when there are none.
+    labelled positions. Raises ValueError when there are none, and for a batch that the model cannot read.
+    `placement` is that of `params`.
     """
     split = split or run.eval_split
     step = _step(run.model, run.loss_chunk, run.compute_dtype)
     batches = source.eval_batches(split, run.eval_batch_size or run.batch_size)
     total: dict[str, float] = {}
-    for batch in islice(batches, run.eval_batches):
+    for number, batch in enumerate(islice(batches, run.eval_batches)):
+        wrong = fault(run.model, batch)
+        require(wrong is None, f"split {split!r}, batch {number}: {wrong}")
         # Added up on the host: float32 cannot count beyond 16 million.
-        for name, value in jax.device_get(step(params, batch)).items():
+        with placement.ambient():
+            sums = step(params, placement.batch(batch))
+        for name, value in jax.device_get(sums).items():
             total[name] = total.get(name, 0.0) + float(value)
     if not total.get("tokens"):
         raise ValueError(f"split {split!r} has no labelled positions")

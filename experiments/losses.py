@@ -9,7 +9,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from layers.common import wide
-from zoo import autoencoder, classifier, lm
+from pallas_kernels.partition import sizes
+from zoo import autoencoder, classifier, lm, sequence
+from zoo.sharding import ROWS, constrain, row_shards
 
 Sums = dict[str, Array]
 
@@ -28,25 +30,38 @@ def cross_entropy(
 ) -> tuple[Array, Array]:
     """Loss and correctness of every position: `h [..., D], targets [...] -> (loss [...], correct [...])`.
 
-    `head` maps `[N, D]` to logits `[N, V]`. Of these at most `chunk` rows exist at once (all without it),
-    in the backward pass too, where they are computed again. Positions with a negative target count for
-    nothing.
+    `head` maps `[N, D]` to logits `[N, V]`. Of these at most `chunk` rows exist at once (all without it) on
+    every device that has rows of the batch, in the backward pass too, where they are computed again.
+    Positions with a negative target count for nothing.
     """
     flat, labels = h.reshape(-1, h.shape[-1]), targets.reshape(-1)
-    count = labels.size
-    if chunk is None or chunk >= count:
+    shards = row_shards() if len(targets) % row_shards() == 0 else 1
+    if chunk is None or chunk * shards >= labels.size:
         loss, correct = _dense(head, flat, labels)
         return loss.reshape(targets.shape), correct.reshape(targets.shape)
-    pad = -count % chunk
-    flat = jnp.pad(flat, ((0, pad), (0, 0))).reshape(-1, chunk, h.shape[-1])
-    labels = jnp.pad(labels, (0, pad), constant_values=-1).reshape(-1, chunk)
 
     @jax.checkpoint
     def body(_, chunks):
         return None, _dense(head, *chunks)
 
-    _, (loss, correct) = jax.lax.scan(body, None, (flat, labels))
-    return loss.reshape(-1)[:count].reshape(targets.shape), correct.reshape(-1)[:count].reshape(targets.shape)
+    dealt = _deal(flat, shards, chunk, 0), _deal(labels, shards, chunk, -1)
+    _, found = jax.lax.scan(body, None, dealt)
+    loss, correct = (_collect(x, shards, chunk, labels.size).reshape(targets.shape) for x in found)
+    return loss, correct
+
+
+def _deal(x: Array, shards: int, chunk: int, fill: int) -> Array:
+    """`x [N,...]` as `[chunks, shards * chunk, ...]`: of every shard's part one chunk after the other."""
+    parts = x.reshape(shards, -1, *x.shape[1:])
+    pad = [(0, 0), (0, -parts.shape[1] % chunk), *[(0, 0)] * (x.ndim - 1)]
+    parts = jnp.pad(parts, pad, constant_values=fill).reshape(shards, -1, chunk, *x.shape[1:])
+    return constrain(parts.swapaxes(0, 1).reshape(-1, shards * chunk, *x.shape[1:]), None, ROWS)
+
+
+def _collect(x: Array, shards: int, chunk: int, count: int) -> Array:
+    """`[count]`: what was dealt, in its order again."""
+    parts = x.reshape(-1, shards, chunk).swapaxes(0, 1).reshape(shards, -1)
+    return parts[:, : count // shards].reshape(-1)
 
 
 def total(loss: Array, correct: Array, targets: Array) -> Sums:
@@ -101,8 +116,18 @@ def continued_losses(
     """`(sums, aux, state after the last token)` of a language model that begins with `state`, by default the
     empty one; else as `model_losses`."""
     targets = batch["targets"]
-    documents = batch.get("segment_ids")
-    h, last, aux = lm.hidden(params, model, batch["tokens"], state, segment_ids=documents, dtype=dtype)
+    how = {"segment_ids": batch.get("segment_ids"), "dtype": dtype}
+    cut = sizes().get(sequence.AXIS, 1) > 1
+    if cut and "positions" not in batch:  # the logits of a token stay on the device that has the token
+
+        def then(params, h, targets):
+            return cross_entropy(partial(lm.logits, params, model), h, targets, chunk)
+
+        how |= {"then": then, "given": (targets,), "keep_state": state is not None}
+        (loss, correct), last, aux = sequence.hidden(params, model, batch["tokens"], state, **how)
+        return total(loss, correct, targets), aux, last
+    hidden = partial(sequence.hidden, keep_state=state is not None) if cut else lm.hidden
+    h, last, aux = hidden(params, model, batch["tokens"], state, **how)
     if "positions" in batch:
-        h = jnp.take_along_axis(h, batch["positions"][..., None], 1)
+        h = constrain(jnp.take_along_axis(h, batch["positions"][..., None], 1), ROWS)
     return total(*cross_entropy(partial(lm.logits, params, model), h, targets, chunk), targets), aux, last

@@ -5,7 +5,6 @@ nothing else to do, so they are taken one after the other, when all training is 
 """
 
 import dataclasses
-import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,10 @@ from experiments.config import Run
 from experiments.directory import write_json
 from experiments.evaluate import evaluate
 from experiments.record import plain
-from experiments.train import init_state, make_train_step, model_module
+from experiments.step import init_state, make_train_step, model_module
 from zoo import checkpoint
 from zoo.blocks import Block
+from zoo.reading import read_object
 
 Numbers = dict[str, Any]
 
@@ -30,7 +30,7 @@ def once(path: Path, of: Any, measure) -> Numbers:
     """`measure()`, or what `path` has of it if it was made for the same config `of`."""
     key = config.fingerprint(of)
     if path.exists():
-        saved = json.loads(path.read_text())
+        saved = read_object(path, "of", "numbers")
         if saved["of"] == key:
             return saved["numbers"]
     numbers = plain(measure())
@@ -65,7 +65,11 @@ def reaching(model: Any, length: int) -> Any:
         return dataclasses.replace(entry, mixer=layer) if isinstance(entry, Block) else layer
 
     pattern = tuple(grown(*pair) for pair in zip(model.pattern, model.layers, strict=False))
-    return dataclasses.replace(model, pattern=pattern)
+    shared = tuple(
+        dataclasses.replace(block, attention=grown(block.attention, block.attention))
+        for block in model.shared
+    )
+    return dataclasses.replace(model, pattern=pattern, shared=shared)
 
 
 def speed(directory: Path, run: Run) -> Numbers:

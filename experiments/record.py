@@ -25,7 +25,7 @@ def plain(value: Any) -> Any:
 
 
 class Recorder:
-    """Rows of metrics, in memory and (with a path) appended to a JSONL file, each flushed at once.
+    """Rows of metrics, in memory and (with a path) appended to a JSONL file, each handed over at once.
 
     A row has `kind` ("train" or "eval"), `step`, its numbers, and `timing` for all that depends on the
     machine: without `timing`, the rows of a run that was interrupted are those of one that was not.
@@ -33,19 +33,28 @@ class Recorder:
 
     def __init__(self, path: Path | None = None, rows: tuple | list = (), tensorboard: bool = False):
         self.rows = list(rows)
-        self._file = None if path is None else path.open("a")
+        self._path = path
+        # Without a buffer: nothing is left to write, and to fail at, when it is closed.
+        self._file = None if path is None else path.open("ab", buffering=0)
         self._board = _board(path, self.rows) if tensorboard else None
 
     def write(self, kind: str, step: int, values: dict, timing: dict | None = None) -> None:
         row = plain({"kind": kind, "step": step, **values, "timing": timing or {}})
         self.rows.append(row)
         if self._file:
-            self._file.write(json.dumps(row, allow_nan=False) + "\n")
-            self._file.flush()
+            self._append(json.dumps(row, allow_nan=False).encode() + b"\n")
         if self._board:
             for name, value in {**row, **row["timing"]}.items():
                 if name != "step" and isinstance(value, int | float):
                     self._board.add_scalar(f"{kind}/{name}", value, step)
+
+    def _append(self, line: bytes) -> None:
+        assert self._file is not None
+        try:
+            while line:  # a disk that is nearly full takes a part
+                line = line[self._file.write(line) :]
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._path)) from None
 
     def sync(self) -> None:
         """Return when the rows are on the disk."""

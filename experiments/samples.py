@@ -92,5 +92,5 @@ def _step(line: str) -> float:
     """The step of a line; one that was cut short is of no step that counts."""
     try:
         return json.loads(line)["step"]
-    except ValueError:
+    except (ValueError, LookupError, TypeError, RecursionError):
         return float("inf")

@@ -6,20 +6,22 @@
 
 In mode "windows" the documents form one long stream, and a training row is a window of it at a random
 offset. In mode "packed" a row holds whole documents or pieces of them, each marked by `segment_ids` so that
-neither state nor attention passes from one to the next. A document of tokens t1..tn is laid out as
-`S t1 .. tn`, S the separator, with targets `t1 .. tn S`: it is scored as it would be alone, its beginning
-and its end included, and no target comes from another document.
+neither state nor attention passes from one to the next. In mode "best_fit" only documents longer than a row
+are cut, and rows are filled as well as that allows (see `experiments.packing`). A document of tokens t1..tn
+is laid out as `S t1 .. tn`, S the separator, with targets `t1 .. tn S`: it is scored as it would be alone,
+its beginning and its end included, and no target comes from another document.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
 
 from experiments import corpora
+from experiments.packing import Documents, pack, packed_row
 from experiments.sources import (
     IGNORED,
     Batch,
@@ -33,8 +35,10 @@ from experiments.sources import (
     require_split,
     require_types,
 )
-from experiments.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer, load_huggingface
+from experiments.tokenizer import ByteTokenizer, CharTokenizer, Tokenizer, load
 from layers.checks import require, require_choice
+
+OF_WEIGHTS = "weights"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +50,8 @@ class TextData:
     beyond `train_fraction` serves: the end of a single document, or a fixed random sample of several.
     `field` is where rows of .jsonl, .parquet and hub data have their text. `documents` says what a document
     is: "each" file or row, each of the "lines" in them, or all "joined" into one.
-    `tokenizer` is "byte", "char", or a Hugging Face tokenizer's hub name or file.
+    `tokenizer` is "byte", "char", a Hugging Face tokenizer's hub name or file, a run directory whose
+    tokenizer it is to be, or "weights": that of the run's initial weights.
     `eval_limit` caps the number of evaluation batches (0: the whole split).
     """
 
@@ -68,7 +73,7 @@ class TextData:
         require_types(self)
         require_at_least(self, 1, "length")
         require_at_least(self, 0, "eval_limit")
-        require_choice(self, "mode", ("windows", "packed"))
+        require_choice(self, "mode", ("windows", "packed", "best_fit"))
         require_choice(self, "documents", ("each", "lines", "joined"))
         require(0 < self.train_fraction < 1, f"TextData: train_fraction={self.train_fraction} not in (0, 1)")
         require(self.path is None or self.hub is None, "TextData: give path or hub, not both")
@@ -80,24 +85,6 @@ class TextData:
     def build(self) -> "TextSource":
         """Read and tokenise everything. FileNotFoundError or ValueError, one line, for what cannot be."""
         return TextSource(self)
-
-
-@dataclass(frozen=True, eq=False)
-class Documents:
-    """Tokenised documents: `tokens` is `S d1 S d2 ... S` (or one bare d), `starts` where each begins."""
-
-    tokens: np.ndarray
-    starts: np.ndarray
-
-    @property
-    def size(self) -> int:
-        """Number of positions that have a target."""
-        return len(self.tokens) - 1
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """Positions of each document, its leading separator included."""
-        return np.diff(self.starts, append=self.size)
 
 
 class Layout(NamedTuple):
@@ -119,7 +106,7 @@ class TextSource:
 
     def __init__(self, cfg: TextData):
         texts = _read(cfg)
-        separated = cfg.mode == "packed" or any(len(documents) > 1 for documents in texts.values())
+        separated = cfg.mode != "windows" or any(len(documents) > 1 for documents in texts.values())
         self.cfg = cfg
         self.length = cfg.length
         self.tokenizer = _tokenizer(cfg.tokenizer, texts, separated)
@@ -133,6 +120,7 @@ class TextSource:
             *(part.starts for part in self._parts.values()),
         )
         self._layout = lru_cache(maxsize=4)(self._layout_of_epoch)
+        self._bins = lru_cache(maxsize=4)(partial(pack, self._parts["train"], cfg.length))
 
     def _check_sizes(self) -> None:
         need = self.cfg.length + 1
@@ -147,6 +135,8 @@ class TextSource:
         """Training batch number `step`: a pure function of its arguments."""
         if self.cfg.mode == "packed":
             return self._packed(seed, step * size, size)
+        if self.cfg.mode == "best_fit":
+            return self._best_fit(seed, step * size, size)
         tokens = self._parts["train"].tokens
         words = random_words(size, Stream.OFFSET, seed, salt=step)
         offsets = below(words, len(tokens) - self.length)
@@ -174,7 +164,14 @@ class TextSource:
             into = place - layout.edges[document]
             source[here], begins[here] = layout.starts[document] + into, into == 0
         flat = source.reshape(-1)
-        return _rows(part.tokens[flat], part.tokens[flat + 1], begins.reshape(-1), self.length)
+        return cut_rows(part.tokens[flat], part.tokens[flat + 1], begins.reshape(-1), self.length)
+
+    def _best_fit(self, seed: int, first: int, size: int) -> Batch:
+        """As `_packed`; every epoch has as many rows as any other."""
+        part, per_epoch = self._parts["train"], self._bins(seed, 0).rows
+        places = (divmod(row, per_epoch) for row in range(first, first + size))
+        rows = [packed_row(part, self._bins(seed, epoch), row, self.length) for epoch, row in places]
+        return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
     def eval_batches(self, split: str, size: int) -> Iterator[Batch]:
         """The split from end to end in rows side by side: every target once, padding ignored."""
@@ -187,7 +184,7 @@ class TextSource:
         for start in range(0, part.size, size * self.length):
             here = slice(start, min(part.size, start + size * self.length))
             after = slice(start + 1, here.stop + 1)
-            rows = _rows(part.tokens[here], part.tokens[after], begins[here], self.length)
+            rows = cut_rows(part.tokens[here], part.tokens[after], begins[here], self.length)
             if self.cfg.mode == "windows":
                 del rows["segment_ids"]
             yield pad_batch(rows, size)
@@ -248,7 +245,8 @@ def _tokenizer(name: str, texts: dict[str, list[str]], separated: bool) -> Token
         return ByteTokenizer()
     if name == "char":
         return CharTokenizer.fit((text for documents in texts.values() for text in documents), separated)
-    return load_huggingface(name)
+    require(name != OF_WEIGHTS, "TextData: tokenizer='weights' needs initial_weights, and none are given")
+    return load(name)
 
 
 def _tokenise(tokenizer: Tokenizer, documents: list[str], separated: bool) -> Documents:
@@ -263,7 +261,7 @@ def _tokenise(tokenizer: Tokenizer, documents: list[str], separated: bool) -> Do
     return Documents(np.concatenate(pieces, dtype=dtype, casting="unsafe"), starts)
 
 
-def _rows(tokens: np.ndarray, targets: np.ndarray, begins: np.ndarray, length: int) -> Batch:
+def cut_rows(tokens: np.ndarray, targets: np.ndarray, begins: np.ndarray, length: int) -> Batch:
     """Cut flat arrays into rows of `length`, the last one padded; `segment_ids` count from 0 in each row."""
     pad = -len(tokens) % length
 

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from experiments.train import peak_flops
+from experiments.flops import peak_flops
 
 REPEATS = 5
 

@@ -5,7 +5,8 @@ and `to_dict`; `from_dict` brings it back, so that a run directory can keep it b
 The separator decodes to nothing.
 """
 
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
@@ -122,8 +123,21 @@ def from_dict(saved: dict) -> Tokenizer:
         case {"kind": "char", "characters": str(characters), "separator": bool(separator)}:
             return CharTokenizer(characters, separator)
         case {"kind": "huggingface", "json": str(text)}:
-            return HuggingFaceTokenizer(tokenizers.Tokenizer.from_str(text))
-    raise ValueError(f"not a saved tokenizer: {str(saved)[:80]}")
+            return _loaded(tokenizers.Tokenizer.from_str, text, "as it was saved")
+    raise ValueError(f"not a saved tokenizer: {str(saved)[:80]!r}")
+
+
+def _loaded(load: Callable[[str], tokenizers.Tokenizer], what: str, name: str) -> HuggingFaceTokenizer:
+    """What the library's `load` makes of `what`; ValueError, one line, for what is no tokenizer.
+
+    It raises bare Exception, and where its own code panics something that is none.
+    """
+    try:
+        return HuggingFaceTokenizer(load(what))
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"tokenizer {name} cannot be loaded: {first_line(error)}") from None
 
 
 def load_huggingface(name: str) -> HuggingFaceTokenizer:
@@ -137,15 +151,26 @@ def load_huggingface(name: str) -> HuggingFaceTokenizer:
     local = path.is_file()
     if not local and path.suffix == ".json":
         raise FileNotFoundError(f"no such tokenizer file: {path}")
-    load = tokenizers.Tokenizer.from_file if local else tokenizers.Tokenizer.from_pretrained
+    if local:
+        return _loaded(tokenizers.Tokenizer.from_file, str(path), repr(name))
     try:
-        return HuggingFaceTokenizer(load(str(path) if local else name))
-    except Exception as error:  # the library raises bare Exception
-        message = f"tokenizer {name!r} cannot be loaded: {first_line(error)}"
-        raise (ValueError if local else FileNotFoundError)(message) from None
+        return _loaded(tokenizers.Tokenizer.from_pretrained, name, repr(name))
+    except ValueError as error:
+        raise FileNotFoundError(str(error)) from None
 
 
-def first_line(error: Exception) -> str:
+def load(name: str) -> Tokenizer:
+    """As `load_huggingface`; `tokenizer.json` may also be that of a run directory."""
+    path = Path(name).expanduser()
+    path = path / "tokenizer.json" if path.is_dir() else path
+    try:
+        saved = json.loads(path.read_bytes()) if path.is_file() else None
+    except ValueError:  # which is said below
+        saved = None
+    return from_dict(saved) if isinstance(saved, dict) and "kind" in saved else load_huggingface(name)
+
+
+def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its type when it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 

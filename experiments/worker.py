@@ -7,7 +7,6 @@ that what compiled programs leave behind does not pile up. When its standard inp
 is gone: it stops as at a SIGTERM, with a checkpoint.
 """
 
-import json
 import os
 import signal
 import sys
@@ -43,8 +42,9 @@ def main(arguments: list[str]) -> int:
     if cores:
         pin([int(core) for core in cores.split(",")])
     from experiments.cells import work
+    from zoo.reading import read_object
 
-    addresses = json.loads((home / "plan.json").read_text())["cells"]
+    addresses = read_object(home / "plan.json", "cells")["cells"]
     directories = [home / "cells" / address for address in addresses]
     return {"done": 0, "more": MORE, "stopped": STOPPED}[work(directories, runner, retries, limit=CELLS)]
 

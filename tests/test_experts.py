@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from zoo import blocks, lm, presets, registry
+from zoo import blocks, lm, presets, registry, trunk
 
 # A mixer that does nothing: what remains of a block is its MLP.
 STILL = registry.config("attention", 8, heads=2, window=1)
@@ -34,9 +34,9 @@ def expert(mlp, x, e=None):
 
 def test_a_mixture_is_the_experts_of_each_token():
     """Block for block and token for token; the loss from counts; the same one step at a time."""
-    params = still(blocks.init(jax.random.key(0), CFG))
+    params = still(trunk.init(jax.random.key(0), CFG))
     x = jax.random.normal(jax.random.key(1), (2, 6, 8))
-    y, state, aux = jax.jit(lambda x: blocks.apply(params, CFG, x))(x)
+    y, state, aux = jax.jit(lambda x: trunk.apply(params, CFG, x))(x)
     expected, losses, loads = np.array(x), [], []
     for repeat, place in [(0, 0), (0, 1), (1, 0), (1, 1)]:
         block = jax.tree.map(lambda p, r=repeat: np.asarray(p[r]), params[0][place])
@@ -59,7 +59,7 @@ def test_a_mixture_is_the_experts_of_each_token():
     np.testing.assert_allclose(y, expected, rtol=1e-10, atol=1e-10)
     np.testing.assert_allclose(aux["expert_balance_loss"], sum(losses), rtol=1e-10)
     np.testing.assert_allclose(aux["expert_load"], np.mean(loads, 0), rtol=1e-10)
-    state, step = blocks.init_state(CFG, 2), jax.jit(lambda x, s: blocks.step(params, CFG, x, s))
+    state, step = trunk.init_state(CFG, 2), jax.jit(lambda x, s: trunk.step(params, CFG, x, s))
     for t in range(6):
         y_t, state = step(x[:, t], state)
         np.testing.assert_allclose(y_t, y[:, t], rtol=1e-10, atol=1e-10)
@@ -69,23 +69,23 @@ def test_one_expert_is_an_mlp():
     for mlp in ("swiglu", "gelu"):
         plain = blocks.Config(width=8, depth=1, pattern=(STILL,), mlp=mlp)
         one = dataclasses.replace(plain, moe_every=1, experts=1, experts_per_token=1)
-        params, x = blocks.init(jax.random.key(0), plain), jax.random.normal(jax.random.key(1), (1, 5, 8))
-        mixture = blocks.init(jax.random.key(0), one)
+        params, x = trunk.init(jax.random.key(0), plain), jax.random.normal(jax.random.key(1), (1, 5, 8))
+        mixture = trunk.init(jax.random.key(0), one)
         own = mixture[0][0]["mlp"]
         for name in ("w_in", "w_out"):
             assert own[name].shape == (1, own[name].shape[1], 1, own[name].shape[-1])
             own[name] = params[0][0]["mlp"][name][:, :, None]
-        y, _, aux = blocks.apply(mixture, one, x)
-        np.testing.assert_allclose(y, blocks.apply(params, plain, x)[0], rtol=1e-12)
+        y, _, aux = trunk.apply(mixture, one, x)
+        np.testing.assert_allclose(y, trunk.apply(params, plain, x)[0], rtol=1e-12)
         np.testing.assert_allclose(aux["expert_balance_loss"], one.balance)
 
 
 def test_no_token_sees_another_and_the_loss_teaches_the_router():
     cfg = dataclasses.replace(CFG, depth=2)
-    params, x = still(blocks.init(jax.random.key(0), cfg)), jax.random.normal(jax.random.key(1), (2, 6, 8))
-    reach = jax.jit(jax.grad(lambda x: blocks.apply(params, cfg, x)[0][1, 3].sum()))(x)
+    params, x = still(trunk.init(jax.random.key(0), cfg)), jax.random.normal(jax.random.key(1), (2, 6, 8))
+    reach = jax.jit(jax.grad(lambda x: trunk.apply(params, cfg, x)[0][1, 3].sum()))(x)
     assert np.argwhere(np.any(reach != 0, -1)).tolist() == [[1, 3]]
-    teach = jax.jit(jax.grad(lambda p: blocks.apply(p, cfg, x)[2]["expert_balance_loss"]))(params)
+    teach = jax.jit(jax.grad(lambda p: trunk.apply(p, cfg, x)[2]["expert_balance_loss"]))(params)
     assert np.any(teach[0][1]["mlp"]["w_router"] != 0)
 
 
@@ -126,7 +126,7 @@ def test_bad_mixtures_are_refused(fields, message):
 
 
 def test_bfloat16_stays(float32):
-    params = blocks.init(jax.random.key(0), CFG)
-    y, _, aux = blocks.apply(params, CFG, jnp.ones((1, 3, 8), jnp.bfloat16))
+    params = trunk.init(jax.random.key(0), CFG)
+    y, _, aux = trunk.apply(params, CFG, jnp.ones((1, 3, 8), jnp.bfloat16))
     assert y.dtype == jnp.bfloat16
     assert aux["expert_balance_loss"].dtype == jnp.float32

@@ -12,7 +12,7 @@ from chains import assert_close
 import zoo
 from experiments.tokenizer import ByteTokenizer, CharTokenizer
 from zoo import generation, lm, registry
-from zoo.generation import generate, prefill, reading, stream, writing
+from zoo.generation import generate, layout, prefill, reading, stream, writing
 
 WINDOW = registry.config("attention", 16, heads=2, window=4)
 CFG = lm.Config(vocab_size=23, width=16, depth=2, pattern=("gla", WINDOW), mlp="gelu")
@@ -148,8 +148,8 @@ def test_memory_does_not_grow_with_what_is_written(params):
 
     def held(size):
         lowered = writing._write.lower(
-            params, CFG, session, jnp.full(3, size), rules.keys, rules.sampler,
-            (), CFG.vocab_size, None, size, False, None,
+            *layout.model(params, CFG), session, jnp.full(3, size), rules.keys, rules.sampler,
+            CFG, (), CFG.vocab_size, None, size, False, None,
         )  # fmt: skip
         memory = lowered.compile().memory_analysis()
         return memory.temp_size_in_bytes + memory.output_size_in_bytes
@@ -158,6 +158,32 @@ def test_memory_does_not_grow_with_what_is_written(params):
     states = sum(leaf.nbytes for leaf in jax.tree.leaves(session.state))
     after = prefill(params, CFG, np.ones((3, 50), int))
     assert sum(leaf.nbytes for leaf in jax.tree.leaves(after.state)) == states
+
+
+DEEP = lm.Config(vocab_size=11, width=8, depth=5, pattern=("lru", "gla"), moe_every=2, experts=2, mlp="gelu")
+
+
+def test_blocks_apart_are_the_same_model():
+    """Blocks that repeat, a tail and mixtures of experts, apart: one step, and there and back."""
+    params, apart = lm.init(jax.random.key(3), DEEP), layout.apart(DEEP)
+    other, found = layout.model(params, DEEP)
+    assert found == apart != DEEP and apart.blocks == DEEP.blocks
+    state = lm.init_state(DEEP, 2)
+    assert jax.tree.map(jnp.shape, layout.unstacked(DEEP, state)) == jax.tree.map(
+        jnp.shape, lm.init_state(apart, 2)
+    )
+    token = jnp.array([3, 7])
+    logits, after = lm.step(params, DEEP, token, state)
+    same, moved = lm.step(other, apart, token, layout.unstacked(DEEP, state))
+    assert_close(same, logits)
+    assert_close(layout.stacked(DEEP, moved), after)
+    jax.tree.map(np.testing.assert_array_equal, layout.stacked(DEEP, layout.unstacked(DEEP, after)), after)
+
+
+def test_deep_models_stay_stacked():
+    deep = dataclasses.replace(DEEP, depth=layout.MOST + 1)
+    assert layout.apart(deep) == dataclasses.replace(deep, tie=False)
+    assert layout.alike(layout.apart(deep), deep) and not layout.alike(layout.apart(DEEP), DEEP)
 
 
 def test_prefill_memory_is_that_of_a_piece(params):

@@ -220,6 +220,25 @@ def mlstm_oracle(p, cfg, u):
     return ((out + p["skip"] * c) * silu(z)) @ p["w_out"]
 
 
+def mlstm_after_oracle(p, cfg, u):
+    """With m as it stands in the paper: the divisor's eps is measured against e^m."""
+    H, cap = cfg.heads, cfg.gate_cap
+    q, k, v = (heads(m, H) for m in np.split(u @ p["w_qkv"], [H * cfg.K, 2 * H * cfg.K], -1))
+    log_i, f = np.split(u @ p["w_gates"], 2, -1)
+    log_i, f = cap * np.tanh((log_i + p["input_bias"]) / cap), cap * np.tanh((f + p["forget_bias"]) / cap)
+    out = np.zeros_like(v)
+    for h in range(H):
+        memory, n, m = np.zeros((cfg.K, cfg.V)), np.zeros(cfg.K), 0.0
+        for t in range(len(u)):
+            decay, gain = sigmoid(f[t, h]), np.exp(log_i[t, h]) * cfg.K**-0.5
+            memory = decay * memory + gain * np.outer(k[h, t], v[h, t])
+            n = decay * n + gain * k[h, t]
+            m = max(np.log(decay) + m, log_i[t, h])
+            out[h, t] = memory.T @ q[h, t] / (max(abs(n @ q[h, t]), 1) + cfg.divisor_eps * np.exp(m))
+    out = merge(layer_norm(out, cfg.eps) * p["norm_scale"][:, None])
+    return (out * sigmoid(u @ p["w_gate"])) @ p["w_out"]
+
+
 def slstm_oracle(p, cfg, x):
     """Without any stabiliser."""
     H, K = cfg.heads, cfg.K
@@ -283,6 +302,13 @@ CASES = {
     "based-unpacked": (based, based.Config(WIDTH, heads=2, feature_dim=3, packed=False), based_oracle),
     "rwkv6": (rwkv6, rwkv6.Config(WIDTH, head_dim=4, mix_rank=2, decay_rank=3), rwkv6_oracle),
     "mlstm": (mlstm, mlstm.Config(WIDTH, heads=2), mlstm_oracle),
+    "mlstm-after": (
+        mlstm,
+        mlstm.Config(
+            WIDTH, heads=2, up_projection="after", value_dim=6, gate_cap=3.0, eps=1e-3, divisor_eps=0.05
+        ),
+        mlstm_after_oracle,
+    ),
     "slstm": (slstm, slstm.Config(WIDTH, heads=2), slstm_oracle),
     "log_linear_attention": (
         log_linear_attention,
@@ -400,6 +426,10 @@ def test_feature_map(name):
         (based, {"feature_dim": 0}, "based: feature_dim=0"),
         (rwkv6, {"head_dim": 3}, "rwkv6: head_dim=3 does not divide width=8"),
         (mlstm, {"block": 3}, "mlstm: block=3 does not divide"),
+        (mlstm, {"key_dim": 2}, "mlstm: key_dim and value_dim are of up_projection='after'"),
+        (mlstm, {"up_projection": "after", "heads": 3}, "mlstm: heads=3 does not divide width=8"),
+        (mlstm, {"divisor_eps": 1e-6}, "mlstm: divisor_eps=1e-06 must be >= 0 and needs gate_cap"),
+        (mlstm, {"gate_cap": 0.0}, "mlstm: gate_cap=0.0 must be > 0"),
         (slstm, {"heads": 3}, "slstm: heads=3 does not divide width=8"),
         (log_linear_attention, {"max_length": 1}, "log_linear_attention: max_length=1"),
         (

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from chains import TOLERANCE, assert_close, values_and_gradients
 
-from zoo import blocks, classifier, lm, registry
+from zoo import classifier, lm, registry, trunk
 from zoo.generation import generate
 
 HYBRID = lm.Config(vocab_size=11, width=16, depth=5, pattern=("gla", "attention"), mlp="gelu")
@@ -49,14 +49,14 @@ def test_tail_of_a_pattern_that_does_not_divide_the_depth():
 
 def test_scanned_blocks_are_the_blocks_one_by_one():
     cfg = dataclasses.replace(HYBRID, depth=4, remat=False)
-    params = blocks.init(jax.random.key(0), cfg)
+    params = trunk.init(jax.random.key(0), cfg)
     x = jax.random.normal(jax.random.key(1), (2, 9, 16))
     expected = x
     for i in range(4):
         one = dataclasses.replace(cfg, depth=1, pattern=(cfg.layers[i],))
         block = jax.tree.map(lambda p, i=i: p[i // 2 : i // 2 + 1], params[0][i % 2])
-        expected, _, _ = blocks.apply([[block]], one, expected)
-    assert_close(blocks.apply(params, cfg, x)[0], expected)
+        expected, _, _ = trunk.apply([[block]], one, expected)
+    assert_close(trunk.apply(params, cfg, x)[0], expected)
 
 
 def test_the_program_does_not_grow_with_depth():

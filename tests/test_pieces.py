@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from chains import assert_close, values_and_gradients
 
-from zoo import blocks, lm, registry
+from zoo import blocks, lm, registry, trunk
 
 ATTENTION = registry.config("attention", 16, heads=2, max_length=32)
 PATTERNS = [("mamba", ATTENTION), ("titans", "slstm")]
@@ -25,16 +25,16 @@ def model(pattern, **fields):
 def test_in_pieces_is_the_whole(pattern):
     """19 tokens in pieces of 8, from a state that 3 tokens left, and one more step."""
     cfg, ids = model(pattern), jnp.asarray(IDS)
-    params = blocks.init(jax.random.key(0), cfg)
+    params = trunk.init(jax.random.key(0), cfg)
     x = jax.random.normal(jax.random.key(1), (2, 22, 16))
-    _, state, _ = jax.jit(lambda p, x: blocks.apply(p, cfg, x))(params, x[:, :3])
+    _, state, _ = jax.jit(lambda p, x: trunk.apply(p, cfg, x))(params, x[:, :3])
 
     def run(piece):
         def outputs(params, x, state):
             here = dataclasses.replace(cfg, piece=piece)
-            y, state, _ = blocks.apply(params, here, x, state, segment_ids=ids)
+            y, state, _ = trunk.apply(params, here, x, state, segment_ids=ids)
             # Not the states: attention keeps what was before the document, and masks it.
-            return y, blocks.step(params, here, x[:, 0], state)[0]
+            return y, trunk.step(params, here, x[:, 0], state)[0]
 
         return values_and_gradients(outputs, params, x[:, 3:], state)
 
@@ -43,20 +43,20 @@ def test_in_pieces_is_the_whole(pattern):
 
 def test_no_state_is_the_empty_state():
     cfg = model(("gla",), piece=4)
-    params = blocks.init(jax.random.key(0), cfg)
+    params = trunk.init(jax.random.key(0), cfg)
     x = jax.random.normal(jax.random.key(1), (2, 11, 16))
-    run = jax.jit(lambda s: blocks.apply(params, cfg, x, s))
-    assert_close(run(None), run(blocks.init_state(cfg, 2)))
+    run = jax.jit(lambda s: trunk.apply(params, cfg, x, s))
+    assert_close(run(None), run(trunk.init_state(cfg, 2)))
 
 
 def test_losses_of_the_pieces_are_weighed_by_their_tokens():
     cfg = model(("mixture_of_memories",))
-    params = blocks.init(jax.random.key(0), cfg)
+    params = trunk.init(jax.random.key(0), cfg)
     x = jax.random.normal(jax.random.key(1), (2, 10, 16))
 
     @partial(jax.jit, static_argnums=2)
     def aux(x, state=None, piece=0):
-        _, state, aux = blocks.apply(params, dataclasses.replace(cfg, piece=piece), x, state)
+        _, state, aux = trunk.apply(params, dataclasses.replace(cfg, piece=piece), x, state)
         return state, aux
 
     state, first = aux(x[:, :6])

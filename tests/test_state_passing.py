@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from experiments import config, state_passing, train
+from experiments import step as training_step
 from experiments.config import Optimizer, Run
 from experiments.losses import continued_losses, model_losses
 from experiments.tasks.recall import RecallData
@@ -67,8 +68,8 @@ def exact(monkeypatch):
 
 def two_steps(run):
     """The training state and the losses after two batches."""
-    state = jax.jit(partial(train.init_state, run))(jax.random.key(0))
-    step, losses = jax.jit(train.make_train_step(run)), []
+    state = jax.jit(partial(training_step.init_state, run))(jax.random.key(0))
+    step, losses = jax.jit(training_step.make_train_step(run)), []
     for number in (0, 1):
         state, metrics = step(state, run.data.batch(run.seed, number, run.batch_size))
         losses.append(float(metrics["loss"]))
@@ -104,8 +105,8 @@ def test_no_gradient_passes_from_one_batch_to_the_one_before(exact):
 
     @jax.jit
     def handed_on(params):
-        grads, _, _, _, last = train.accumulated_gradient(run, params, first, lm.init_state(MODEL, 6))
-        return grads, train.accumulated_gradient(run, params, second, last)[0]
+        grads, _, _, _, last = training_step.accumulated_gradient(run, params, first, lm.init_state(MODEL, 6))
+        return grads, training_step.accumulated_gradient(run, params, second, last)[0]
 
     def both(params, cut):
         sums, _, last = continued_losses(params, MODEL, first)
@@ -209,10 +210,10 @@ def test_after_a_bad_batch_comes_the_empty_state(mode, monkeypatch):
         bad = (batch["targets"] < 0).any()
         return {**sums, "loss": jnp.where(bad, jnp.nan, sums["loss"])}, aux, last
 
-    monkeypatch.setattr(train, "continued_losses", poisoned)
+    monkeypatch.setattr(training_step, "continued_losses", poisoned)
     run = replace(STILL, initial_state=mode, accumulate=1)
-    state = jax.jit(partial(train.init_state, run))(jax.random.key(0))
-    step = jax.jit(train.make_train_step(run))
+    state = jax.jit(partial(training_step.init_state, run))(jax.random.key(0))
+    step = jax.jit(training_step.make_train_step(run))
     good = run.data.batch(0, 0, 6)
     bad = {**good, "targets": np.where(np.arange(LENGTH) == 2, -1, good["targets"]).astype(np.int32)}
     after_good, _ = step(state, good)
@@ -242,7 +243,9 @@ def test_of_packed_documents_only_the_first_meets_the_state():
 
 
 def test_without_it_nothing_is_kept_and_losses_are_those_of_evaluation():
-    state = jax.eval_shape(lambda: train.init_state(replace(RUN, initial_state="zero"), jax.random.key(0)))
+    state = jax.eval_shape(
+        lambda: training_step.init_state(replace(RUN, initial_state="zero"), jax.random.key(0))
+    )
     assert state.passed is None
     params = jax.jit(lambda: lm.init(jax.random.key(0), MODEL))()
     batch = RUN.data.batch(0, 0, 6)

@@ -24,7 +24,7 @@ from experiments.tasks.mad_recall import MadRecallData, first_places
 from experiments.tasks.pathfinder import PathfinderData
 from experiments.train import train
 from layers.common import rms_norm
-from zoo import autoencoder, blocks, classifier, lm
+from zoo import autoencoder, classifier, lm
 
 TRUNK = {"width": 8, "depth": 1, "pattern": ("linear_attention",), "mlp": "none"}
 
@@ -174,7 +174,7 @@ def test_autoencoder_is_its_definition():
     params = autoencoder.init(jax.random.key(0), cfg)
     params = jax.tree.map(lambda p: p + 0.1 * np.sin(np.arange(p.size)).reshape(p.shape), params)
     tokens = jax.random.randint(jax.random.key(2), (2, 9), 0, 5)
-    trunk = jax.jit(lambda params: blocks.apply(params["blocks"], cfg, params["w_embed"][tokens])[0])
+    trunk = jax.jit(lambda params: trunk.apply(params["blocks"], cfg, params["w_embed"][tokens])[0])
     x = trunk(params)
     code = np.asarray(rms_norm(x[:, -1], params["norm_final"]))
     places, rates = np.arange(9), 10_000.0 ** (-np.arange(4) / 4)

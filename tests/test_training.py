@@ -14,7 +14,8 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import config, evaluate, losses, optimizer, record, train
+from experiments import config, evaluate, flops, interrupts, losses, optimizer, record, train
+from experiments import step as training_step
 from experiments.config import Optimizer, Run
 from experiments.directory import Directory, OtherRunError
 from experiments.sources import Source
@@ -101,6 +102,7 @@ RUN = Run(
     eval_every=6,
     checkpoint_every=4,
     keep=3,
+    prefetch=0,  # what AT does is done between steps
 )
 POISONED = Run(
     model=REALS,
@@ -287,27 +289,29 @@ def test_accumulation_is_one_large_batch(float32, monkeypatch):
         sums, aux = plain(params, model, batch, **kwargs)
         return sums, {**aux, "size_loss": 0.1 * optax.tree.norm(params), "width": jnp.ones(3)}
 
-    monkeypatch.setattr(train, "model_losses", with_extra)
+    monkeypatch.setattr(training_step, "model_losses", with_extra)
     batch = Echo().batch(0, 0, 6)
     # With so large an eps Adam's first update is the gradient itself, not its sign.
     run = replace(RUN, optimizer=Optimizer(lr=1.0, eps=1.0, schedule="constant"))
-    state = jax.jit(partial(train.init_state, run))(jax.random.key(0))
-    results = [jax.jit(train.make_train_step(replace(run, accumulate=k)))(state, batch) for k in (1, 3)]
+    state = jax.jit(partial(training_step.init_state, run))(jax.random.key(0))
+    results = [
+        jax.jit(training_step.make_train_step(replace(run, accumulate=k)))(state, batch) for k in (1, 3)
+    ]
     assert_close(results[1][0].params, results[0][0].params, 1e-6)
     assert_close(results[1][1], results[0][1], 1e-6)
     assert results[0][1]["width"].shape == (3,)
 
 
 def test_a_step_that_is_not_finite_is_as_if_it_had_not_been(float32):
-    initial, step = train._programs(POISONED)
+    programs = training_step.programs(POISONED)
     rates = optimizer.numbers(POISONED.optimizer, POISONED.steps)
     # The third is poisoned.
     batches = [jax.device_put(POISONED.data.batch(0, number, 4)) for number in (0, 1, 3, 2)]
 
     def after(numbers):
-        state = initial(jax.random.key(0))
+        state = programs.initial(jax.random.key(0))
         for number in numbers:
-            state, metrics = step(state, batches[number], rates)
+            state, metrics = programs.step(state, batches[number], numbers=rates)
         return state, metrics
 
     with_bad, metrics = after([0, 1, 2, 3, 1])
@@ -330,7 +334,7 @@ def straight(float32, tmp_path_factory):
 
 def assert_same_run(directory, straight):
     other, result = straight
-    template = jax.eval_shape(lambda: train.init_state(RUN, jax.random.key(0)))
+    template = jax.eval_shape(lambda: training_step.init_state(RUN, jax.random.key(0)))
     assert_bits(*(checkpoint.restore(d / "checkpoints", template)[1] for d in (directory, other)))
     assert bare(read_rows(directory)) == bare(read_rows(other)) == bare(result.rows)
 
@@ -397,7 +401,7 @@ def test_signals_end_a_run_within_a_step_and_it_continues(straight, tmp_path, mo
 
 
 def test_a_second_signal_interrupts_at_once():
-    with pytest.raises(KeyboardInterrupt), train._signals() as received:
+    with pytest.raises(KeyboardInterrupt), interrupts.signals() as received:
         os.kill(os.getpid(), signal.SIGTERM)
         assert received == ["SIGTERM"]
         os.kill(os.getpid(), signal.SIGTERM)
@@ -453,18 +457,18 @@ def test_summary_and_rows(straight):
 def test_seeds_differ_and_share_their_programs(straight):
     other = quiet(replace(RUN, seed=1))
     assert other.summary["loss"] != straight[1].summary["loss"]
-    _, step = train._programs(replace(RUN, seed=0))
-    assert len(step.made) == 1
+    assert training_step.programs(RUN) is training_step.programs(replace(RUN, seed=1))
+    assert len(training_step.programs(RUN).step.made) == 1
 
 
 def test_runs_of_other_rates_and_lengths_share_a_program(straight):
     """Rates are what they say all the same: such a run is that of a program of its own."""
-    _, step = train._programs(RUN)
+    step = training_step.programs(RUN).step
     other = replace(RUN, steps=5, log_every=1, optimizer=Optimizer(lr=2e-3, warmup_steps=2, weight_decay=0.3))
     shared = quiet(other)
-    assert train._programs(other)[1] is step
+    assert training_step.programs(other).step is step
     assert len(step.made) == 1
-    train._compiled.cache_clear()
+    training_step._shared.cache_clear()
     alone = quiet(other)
     assert_bits(shared.params, alone.params)
     rate = optimizer.schedule("cosine", optimizer.numbers(other.optimizer, 5))
@@ -518,6 +522,15 @@ def test_bad_steps_are_counted_and_too_many_stop_the_run(float32, tmp_path):
     [
         ({"optimizer": Optimizer(lr=2e-2, warmup_steps=2)}, "optimizer.lr: 0.01 -> 0.02"),
         ({"model": replace(TOKENS, width=16)}, "model.width: 8 -> 16"),
+        (
+            {"model": replace(TOKENS, pattern=("min_gru", "attention")), "steps": 13},
+            "model.pattern.0: 'linear_attention' -> 'min_gru'; steps: 12 -> 13; "
+            "model.pattern.1: 'absent' -> 'attention'",
+        ),
+        (
+            {"model": replace(TOKENS, vocab_size=9), "data": Echo(vocab_size=9)},
+            "model.vocab_size: 8 -> 9; data.vocab_size: 8 -> 9",
+        ),
         ({"data": Echo(salt=1)}, "data.salt: 0 -> 1; the data themselves: fingerprint echo-0 -> echo-1"),
     ],
 )
@@ -539,7 +552,7 @@ def test_changed_data_under_the_same_config_are_refused(tmp_path):
 
 def test_what_is_kept_may_change(tmp_path):
     Directory(tmp_path, RUN, "x").close()
-    Directory(tmp_path, replace(RUN, keep=9, checkpoint_every=1), "x").close()
+    Directory(tmp_path, replace(RUN, keep=9, checkpoint_every=1, prefetch=7), "x").close()
 
 
 def test_a_directory_in_use_is_refused(tmp_path):
@@ -651,5 +664,5 @@ def test_a_bar_on_a_terminal(monkeypatch, capsys):
 
 def test_flops_count_the_head_where_it_is_read():
     full, few = Echo().batch(0, 0, 2), Echo(few=True).batch(0, 0, 2)
-    difference = train.train_flops(TOKENS, full) - train.train_flops(TOKENS, few)
+    difference = flops.train_flops(TOKENS, full) - flops.train_flops(TOKENS, few)
     assert difference == 3 * 2 * (12 - 3) * 2 * 8 * 8

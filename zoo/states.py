@@ -27,10 +27,11 @@ from safetensors.numpy import save_file
 from layers.checks import require
 from zoo import lm
 from zoo.generation.session import Session, template
+from zoo.reading import parse
 
 FORMAT = "recurrent-zoo state 1"
 # Fields of a model that change how it is computed or trained, and no value.
-UNTOUCHED = ("pattern", "remat", "piece", "balance")
+UNTOUCHED = ("pattern", "first", "remat", "piece", "balance")
 
 
 class StateError(ValueError):
@@ -188,25 +189,32 @@ def _read(path: Path) -> tuple[About, dict[str, np.ndarray]]:
         with safe_open(path, "numpy") as stored:
             about = stored.metadata() or {}
             leaves = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (it is no dict)
-        leaves |= {name: _complex(leaves[name]) for name in json.loads(about.get("complex", "[]"))}
-    except (SafetensorError, ValueError, TypeError, KeyError, OverflowError) as error:
-        raise StateError(f"{path} is damaged or is no state: {str(error).splitlines()[0]}") from None
-    if about.get("format") != FORMAT:
-        raise StateError(f"{path} is damaged or is no state: it does not say {FORMAT!r}")
-    if about.pop("sha256", None) != _digest(leaves, about):
-        raise StateError(f"{path} is damaged: its checksum is not that of its contents")
-    arrays = {name: (leaf.shape, str(leaf.dtype)) for name, leaf in leaves.items()}
+        leaves |= {name: _complex(leaves[name]) for name in parse(about.get("complex", "[]"), "complex")}
+        require(about.get("format") == FORMAT, f"it does not say {FORMAT!r}")
+        if about.pop("sha256", None) != _digest(leaves, about):
+            raise StateError(f"{path} is damaged: its checksum is not that of its contents")
+        return _about(about, leaves), leaves
+    except StateError:
+        raise
+    except (SafetensorError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        raise StateError(f"{path} is damaged or is no state: {reason}") from None
+
+
+def _about(about: dict[str, str], leaves: dict[str, np.ndarray]) -> About:
+    model = parse(about["model"], "model")
+    require(isinstance(model, dict), "its model is no object")
     length = leaves.get("length")
     return About(
         about["kind"],
         _rows(leaves),
         None if length is None else length.tolist(),
-        json.loads(about["model"]),
+        model,
         about["params"],
         about["note"],
         about["written"],
-        arrays,
-    ), leaves
+        {name: (leaf.shape, str(leaf.dtype)) for name, leaf in leaves.items()},
+    )
 
 
 def _template(kind: str, cfg: lm.Config, rows: int) -> Any:

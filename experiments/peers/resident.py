@@ -1,9 +1,11 @@
 """Memory of this process on Linux: what it has, and the most it had since it was asked to forget."""
 
 import re
+import resource
 from pathlib import Path
 
 PROCESS = Path("/proc/self")
+MOST = 8 * 10**9  # bytes of data that a benchmark may have
 
 
 def _field(name):
@@ -24,3 +26,8 @@ def peak():
 def forget():
     """Count the peak from here on."""
     (PROCESS / "clear_refs").write_text("5")
+
+
+def limit():
+    """Rather an error here than a machine without memory."""
+    resource.setrlimit(resource.RLIMIT_DATA, (MOST, MOST))

@@ -1,15 +1,19 @@
 """Generation by Hugging Face transformers on the CPU, in an interpreter that need not have this project.
 
-    PYTHON transformers_models.py NAME WIDTH DEPTH VOCABULARY CONTEXT TOKENS
+    PYTHON transformers_models.py save NAME WIDTH DEPTH VOCABULARY FOLDER
+    PYTHON transformers_models.py NAME WIDTH DEPTH VOCABULARY TOKENS ROUNDS FOLDER CONTEXT...
 
-NAME is a function of this script. Prints one JSON line: seconds to read a prompt of CONTEXT tokens, seconds
-of each of the TOKENS that follow it (greedy, batch 1), bytes that both took beyond the model, parameters.
+NAME is a function of this script. The first line saves such a model with random weights. The second reads
+prompts of CONTEXT random tokens with it and goes on with them (greedy, batch 1, one call of `generate` each),
+and answers in JSON lines as `experiments/generate_worker.py` does. It uses as many threads as are quickest
+here, up to all cores.
 """
 
 import json
 import sys
 import time
 
+import numpy as np
 import resident
 import torch
 import transformers
@@ -17,17 +21,36 @@ import transformers
 WARM = 8  # tokens of the prompt of a first call
 
 
-class Clock:
-    """A streamer that notes when tokens come; the prompt comes first."""
+class Gate:
+    """A streamer that tells the time of the prompt, then of `size` tokens at a time; it waits to be asked."""
 
-    def __init__(self):
-        self.times = []
+    def __init__(self, size, rounds):
+        self.size, self.rounds, self.start, self.busy, self.tokens = size, rounds, None, 0.0, None
 
     def put(self, tokens):
-        self.times.append(time.perf_counter())
+        now = time.perf_counter()
+        if self.start is None:  # the prompt itself: nothing has been done
+            pass
+        elif self.tokens is None:
+            say(prefill=now - self.start, first=tokens.tolist())
+            self.tokens = []
+        else:
+            self.tokens += tokens.tolist()
+            if len(self.tokens) < self.size:
+                return
+            busy = (time.process_time() - self.busy) / self.size
+            say(decode=(now - self.start) / self.size, busy=busy, tokens=self.tokens)
+            self.tokens, self.rounds = [], self.rounds - 1
+        if self.rounds:
+            sys.stdin.readline()
+        self.start, self.busy = time.perf_counter(), time.process_time()
 
     def end(self):
         pass
+
+
+def say(**values):
+    print(json.dumps(values), flush=True)
 
 
 def mamba(width, depth, vocabulary):
@@ -59,25 +82,41 @@ def generate(model, prompt, tokens, streamer=None):
     )  # fmt: skip
 
 
-def main(name, *sizes):
-    width, depth, vocabulary, context, tokens = map(int, sizes)
+def quickest_threads(model, prompt):
+    """On a machine with other work, threads that wait for each other can cost more than they bring."""
+    seconds = {}
+    for threads in range(1, torch.get_num_threads() + 1):
+        torch.set_num_threads(threads)
+        generate(model, prompt, 2)
+        tries = []
+        for _ in range(5):
+            start = time.perf_counter()
+            generate(model, prompt, WARM)
+            tries.append(time.perf_counter() - start)
+        seconds[threads] = min(tries)
+    return min(seconds, key=seconds.get)
+
+
+def save(name, width, depth, vocabulary, folder):
     torch.manual_seed(0)
-    model = globals()[name](width, depth, vocabulary).eval()
-    prompt = torch.randint(1, vocabulary, (1, context))
+    globals()[name](int(width), int(depth), int(vocabulary)).save_pretrained(folder)
+
+
+def main(name, *arguments):
+    _, _, vocabulary, tokens, rounds = map(int, arguments[:5])
+    model = transformers.AutoModelForCausalLM.from_pretrained(arguments[5], dtype=torch.float32).eval()
     before = resident.present()
-    generate(model, prompt[:, :WARM], 4)
-    resident.forget()
-    clock, start = Clock(), time.perf_counter()
-    generate(model, prompt, tokens + 1, clock)
-    first, last = clock.times[1], clock.times[-1]
-    row = {
-        "prefill": first - start,
-        "decode": (last - first) / tokens,
-        "memory": resident.peak() - before,
-        "parameters": sum(p.numel() for p in model.parameters()),
-    }
-    print(json.dumps(row))
+    prompt = torch.randint(1, vocabulary, (1, WARM))
+    threads = quickest_threads(model, prompt)
+    torch.set_num_threads(threads)
+    say(parameters=sum(p.numel() for p in model.parameters()), threads=threads)
+    for context in map(int, arguments[6:]):
+        resident.forget()
+        prompt = torch.tensor(np.random.default_rng(0).integers(1, vocabulary, (1, context)))
+        generate(model, prompt, rounds * tokens + 1, Gate(tokens, rounds))
+        say(memory=resident.peak() - before)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    resident.limit()
+    {"save": save}.get(sys.argv[1], lambda *rest: main(sys.argv[1], *rest))(*sys.argv[2:])

@@ -201,6 +201,7 @@ def read(path: str | Path, **columns: str | None) -> Table:
     """
     path = Path(path)
     path = path / "results.csv" if path.is_dir() else path
+    require(path.is_file() or not path.exists(), f"{path} is no regular file")
     try:
         with path.open(newline="", encoding="utf-8-sig") as stream:
             reader = csv.DictReader(stream, restval="")

@@ -14,6 +14,7 @@ information stays, the locality goes.
 """
 
 import math
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,8 @@ from experiments.tokenizer import first_line
 from layers.checks import require
 
 HARMONICS = np.arange(1, 7)
+# An .npz file that unpacks to more than SMALL bytes and to more than so many times its size is refused.
+LARGEST_FACTOR, SMALL = 200, 2**28
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,13 +212,22 @@ def _halves(cut: int) -> dict[str, slice]:
     return {"train": slice(None, cut), "validation": slice(cut, None)}
 
 
+def _require_no_bomb(file: Path) -> None:
+    """What a small file says it unpacks to fits in memory: numbers do not compress a thousandfold."""
+    with zipfile.ZipFile(file) as archive:
+        size = sum(about.file_size for about in archive.infolist())
+    most = max(LARGEST_FACTOR * file.stat().st_size, SMALL)
+    require(size <= most, f"its {file.stat().st_size:,} bytes unpack to {size:,}")
+
+
 def _read_arrays(path: str) -> dict[str, np.ndarray]:
     """`x` with a feature axis, `y`, and `x_test`, `y_test` if there; ValueError for what is malformed."""
     file = Path(path).expanduser()
     if not file.is_file():
         raise FileNotFoundError(f"no such file: {path}")
     try:
-        with np.load(file) as content:
+        _require_no_bomb(file)
+        with np.load(file, allow_pickle=False) as content:
             arrays = {name: content[name] for name in ("x", "y", "x_test", "y_test") if name in content}
             names = ", ".join(sorted(content))
     except Exception as error:  # zip, pickle and numpy errors of many types

@@ -10,6 +10,7 @@ from jax import Array
 
 from layers.checks import require
 from zoo import lm
+from zoo.generation import layout
 from zoo.generation.reading import PIECE, prefill
 from zoo.generation.sampling import Sampling, checked
 from zoo.generation.session import Session
@@ -28,7 +29,7 @@ class Stream:
 
     def __init__(self, params, cfg: lm.Config, session: Session, steps: int, rules: Rules, chunk: int):
         self.session = session
-        self._model, self._rules = (params, cfg), rules
+        self._model, self._rules = (layout.model(params, cfg), cfg), rules
         self._left = np.full(len(session), steps)
         self._size = min(chunk, 1 << (steps - 1).bit_length())
         self._writers: list[Writer] | None = None

@@ -1,8 +1,9 @@
 """Writing: token after token in one compiled loop, with a state that does not grow."""
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import numpy as np
 from jax import Array
 
 from zoo import lm
+from zoo.generation import layout
 from zoo.generation.sampling import Sampling
 from zoo.generation.session import Session, choose
 
@@ -55,12 +57,17 @@ def _advance(params, cfg: lm.Config, session: Session, token: Array, active: Arr
     )
 
 
-@partial(jax.jit, static_argnames=("cfg", "size", "stop", "limit", "dtype", "keep", "draw"))
+@partial(jax.jit, static_argnames=("cfg", "stacked", "size", "stop", "limit", "dtype", "keep", "draw"))
 def _write(
-    params, cfg: lm.Config, session: Session, left, keys, settings, stop, limit, dtype, size, keep, draw
+    params, cfg: lm.Config, session, left, keys, settings, stacked, stop, limit, dtype, size, keep, draw
 ):
-    """Up to `left [B]` tokens in each row, at most `size`; it ends when all rows have."""
+    """Up to `left [B]` tokens in each row, at most `size`; it ends when all rows have.
+
+    `params` are those of `cfg`, the state in `session` that of `stacked`, which may be laid out otherwise.
+    """
     sampler = draw or settings
+    if not layout.alike(cfg, stacked):
+        session = dataclasses.replace(session, state=layout.unstacked(stacked, session.state))
 
     def live(carry: _Carry) -> Array:
         return (carry.time < left) & ~carry.chunk.stopped
@@ -84,23 +91,30 @@ def _write(
     done = jax.lax.while_loop(
         lambda carry: jnp.any(live(carry)), body, _Carry(jnp.zeros((), jnp.int32), first)
     )
-    return done.chunk
+    chunk = done.chunk
+    if not layout.alike(cfg, stacked):
+        state = layout.stacked(stacked, chunk.session.state)
+        chunk = chunk._replace(session=dataclasses.replace(chunk.session, state=state))
+    return chunk
 
 
-def write(params, cfg: lm.Config, session: Session, left: np.ndarray, rules: Rules, size: int) -> Chunk:
+def write(
+    model: tuple[Any, lm.Config], cfg: lm.Config, session: Session, left: np.ndarray, rules: Rules, size: int
+) -> Chunk:
     """One chunk: up to `left` tokens in each row, none more than `size`.
 
+    `model` are parameters and Config as `layout.model` gives them, `cfg` that of the session's state.
     Row b draws with its own key and its own number of tokens, so that neither its neighbours nor the size of
     chunks make a difference. Raises RuntimeError where logits are not finite.
     """
     plain = isinstance(rules.sampler, Sampling)
     chunk = _write(
-        params,
-        cfg,
+        *model,
         session,
         jnp.asarray(np.minimum(left, size), jnp.int32),
         rules.keys,
         rules.sampler if plain else None,
+        stacked=cfg,
         stop=rules.stop,
         limit=rules.limit,
         dtype=rules.dtype,
