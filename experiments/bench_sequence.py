@@ -36,7 +36,6 @@ LAYERS: dict[str, dict[str, Any]] = {
     "attention, window 1,024": {"window": 1024},
     "attention": {"max_length": 1 << 20},
     "gru": {},
-    "titans": {},
 }
 RESULTS = pathlib.Path(__file__).parent / "results" / "sequence"
 

@@ -150,7 +150,7 @@ def from_dict(value: Any) -> Any:
     name = value["type"]
     made = _type(name)
     known = {f.name for f in dataclasses.fields(made) if f.init}
-    unknown = sorted(fields.keys() - known)
+    unknown = sorted(name if name.isidentifier() else repr(name) for name in fields.keys() - known)
     require(not unknown, f"{name} has no field {', '.join(unknown)}")
     try:
         return made(**fields)

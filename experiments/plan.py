@@ -35,14 +35,14 @@ TABLE = Path(__file__).parent / "results" / "plan"
 LENGTH = 2048
 MODELS = ("transformer-1.3b", "mamba2-1.3b", "gla-1.3b", "gated_delta_net-1.3b")
 NOTE = """\
-One training step: bf16 activations, float32 parameters and AdamW, sequences of {length} tokens, one on
-each device, blocks recomputed in the backward pass, the XLA form of every op (kernels are not cut over a
-mesh). Nothing ran on these machines. `state_GB` and `temporary_GB` are the compiler's memory per device
-(parameters, optimiser and batch; everything else). `collective_GB` is what a device sends in a step by the
-ring algorithms, over all collectives of the compiled program, each as often as its loop runs. `compute_ms`
-= 4/3 x 3 x forward FLOPs / peak, the third part being the recomputation. `memory_ms` = (2 x state + 2 x
-temporaries + 3 x weights in bf16) / bandwidth. `link_ms` = collective bytes / link bandwidth. `best_ms` is
-the largest of the three (all overlapped), `worst_ms` their sum (nothing overlapped)."""
+One training step: bf16 activations, float32 parameters and AdamW, sequences of {length} tokens, one on each
+device, blocks recomputed in the backward pass, the XLA form of every op (kernels are not cut over a mesh).
+Nothing ran on these machines. `state_GB` and `temporary_GB` are the compiler's memory per device (parameters,
+optimiser and batch; everything else). `collective_GB` is what a device sends in a step by the ring
+algorithms, over all collectives of the compiled program, each as often as its loop runs. `compute_ms` = 4/3 x
+3 x forward FLOPs / peak, the third being the recomputation. `memory_ms` = (2 x state + 2 x temporaries + 3 x
+weights in bf16) / bandwidth. `link_ms` = collective bytes / link bandwidth. `best_ms` is the largest of the
+three (all overlapped), `worst_ms` their sum (nothing overlapped)."""
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.chunks import accumulation_dtype
+from pallas_kernels.partition import sizes
 
 PLATFORMS = ("tpu", "gpu")
 # Compute capability of the first GPU whose instructions the GPU kernels use (Hopper: wgmma, TMA).
@@ -103,8 +104,8 @@ def choose(
     """The function that runs `op` on `arguments`.
 
     `None` picks the kernel of the default device's platform if there is one that takes the arguments, else
-    "xla"; a name picks exactly that one. Raises ValueError for a name that this op does not have, and for a
-    kernel that cannot run here, with the reason.
+    (and on a mesh that XLA partitions over) "xla"; a name picks exactly that one. Raises ValueError for a
+    name that this op does not have, and for a kernel that cannot run here, with the reason.
     """
     if implementation is None:
         return _best(available, arguments)
@@ -122,7 +123,8 @@ def choose(
 
 
 def _best(available: Mapping[str, Callable | Kernel], arguments: tuple) -> Callable:
-    if _stand_in.get() is None:
+    # XLA cannot cut a kernel over a mesh: there, outside of a shard_map, it runs its own form.
+    if _stand_in.get() is None and not sizes():
         kernel = available.get(jax.default_backend())
         if isinstance(kernel, Kernel) and refusal(kernel, jax.default_backend(), arguments) is None:
             return kernel.run

@@ -113,14 +113,15 @@ def test_memory_falls_with_devices(float32):
     assert four < one / 3
 
 
-# Steps of training, each from parameters of the one before: rounding adds up, but not to more than this.
-STEPS, DRIFT = 50, 1e-5
+# Steps of training, each from parameters of the one before, in float64: training itself magnifies rounding
+# (in float32, at ten times this rate, GLA's losses are apart by 1e-5 from step 12 on).
+STEPS, RATE, DRIFT = 50, 0.01, 1e-5
 
 
 @pytest.mark.deep
 @pytest.mark.parametrize("name", registry.LAYERS)
-def test_training_stays_together(name, float32):
-    """Losses of 50 steps in float32, on one device and on four."""
+def test_training_stays_together(name):
+    """Losses of 50 steps, on one device and on four."""
     cfg = lm.Config(vocab_size=11, width=16, depth=1, pattern=(name,), mlp="none")
     data = np.random.default_rng(0).integers(0, 11, (STEPS, 2, 2, 16))
 
@@ -129,7 +130,7 @@ def test_training_stays_together(name, float32):
         params, losses = lm.init(jax.random.key(0), cfg), []
         for tokens, targets in data:
             (value, _), gradient = run(params, jnp.asarray(tokens), jnp.asarray(targets))
-            params = jax.tree.map(lambda p, g: p - 0.1 * g, params, gradient)
+            params = jax.tree.map(lambda p, g: p - RATE * g, params, gradient)
             losses.append(float(value))
         return losses
 

@@ -23,6 +23,7 @@ from experiments.tasks import signals
 from experiments.text import TextData
 from zoo import checkpoint, lm, reading
 from zoo.pretrained import keep_source, load_pretrained
+from zoo.pretrained.convert import make_plan
 from zoo.pretrained.formats import find
 from zoo.pretrained.options import too_many
 
@@ -38,6 +39,7 @@ RUN = Run(model=lm.Config(vocab_size=5, width=8, depth=1), data=TextData(length=
         ('{"a":' * 101 + "1" + "}" * 101, "file is refused: its JSON is nested too deeply"),
         ("[1, 2", "file is not JSON: Expecting"),
         (b"\xff\xfe\x00", "file is not JSON: "),
+        ("[1]".encode("utf-32"), "file is not JSON: 'utf-8' codec"),
         ("1" * 5_000, "file is not JSON: Exceeds the limit"),
         ("", "file is not JSON: Expecting value"),
     ],
@@ -114,8 +116,8 @@ class Thawed:
     "name",
     [
         "os:system", "subprocess:Popen", "builtins:eval", "pathlib:Path", f"{__name__}:Thawed",
-        "zoo..lm:Config", "experiments.text:Run", "experiments.cells:Run", "zoo.nowhere:Config",
-        "zoo", "", ":", None, 3,
+        "zoo..lm:Config",
+        "experiments.text:Run", "experiments.cells:Run", "zoo.nowhere:Config", "zoo", "", ":", None, 3,
         ["a"], {}, "layers\0:Config", "zoo.lm:Config.__init__", "experiments.soak.lives:Life",
     ],
 )  # fmt: skip
@@ -129,10 +131,9 @@ def test_what_is_no_config_type(name):
     "changes",
     [
         {"steps": "many"}, {"optimizer": {"type": "experiments.config:Optimizer", "lr": "fast"}},
-        {"model": None}, {"model": {"type": "zoo.lm:Config", "vocab_size": 5, "depth": 10**12}},
-        {"data": {}}, {"keep": []},
-        {"model": {"type": "zoo.lm:Config", "vocab_size": 5, "pattern": [{"a": []}]}},
-        {"nothing": 1},
+        {"model": None}, {"data": {}}, {"keep": []},
+        {"model": {"type": "zoo.lm:Config", "vocab_size": 5, "depth": 10**12}},
+        {"model": {"type": "zoo.lm:Config", "vocab_size": 5, "pattern": [{"a": []}]}}, {"nothing": 1},
         {"model": {"type": "zoo.lm:Config", "pattern": ["gla"]}},
     ],
 )  # fmt: skip
@@ -278,6 +279,19 @@ def test_no_link_leads_out_of_a_folder(folder, tmp_path, name):
     (folder / name).symlink_to(tmp_path / "elsewhere")
     with pytest.raises(ValueError, match="leads out of the folder"):
         load_pretrained(folder)
+
+
+def test_a_link_to_itself_is_one_line(folder):
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "loop"}}')
+    (folder / "loop").symlink_to("loop")
+    with pytest.raises(ValueError, match="'loop' leads out of the folder"):
+        load_pretrained(folder)
+
+
+def test_options_without_their_parts_are_one_line():
+    config = {"model_type": "gla", "attn": {"num_heads": 2}}
+    plan, problems = make_plan(config, 64, frozenset())
+    assert plan is None and any("num_hidden_layers is missing" in line for line in problems)
 
 
 def test_no_file_from_elsewhere_is_copied(folder, tmp_path):

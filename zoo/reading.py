@@ -17,7 +17,8 @@ DEEPEST = 100  # arrays and objects within each other
 def parse(text: str | bytes, where: str | Path) -> Any:
     """The JSON value `text`; ValueError, one line that begins with `where`, for anything else."""
     try:
-        value = json.loads(text)
+        # UTF-8 and nothing else: of other encodings the library would guess which, and import it.
+        value = json.loads(text.decode().removeprefix("\ufeff") if isinstance(text, bytes) else text)
     except RecursionError:
         raise ValueError(f"{where} is refused: its JSON is nested too deeply") from None
     except ValueError as error:  # no JSON, no UTF-8, a number of thousands of digits

@@ -149,7 +149,11 @@ def is_inside(folder: Path, name: str) -> bool:
     folder = folder.resolve()
     cache = folder.parent.parent / "blobs"
     allowed = [folder, cache] if folder.parent.name == "snapshots" and cache.is_dir() else [folder]
-    return any((folder / name).resolve().is_relative_to(home) for home in allowed)
+    try:
+        target = (folder / name).resolve()
+    except (OSError, RuntimeError):  # a link to itself
+        return False
+    return any(target.is_relative_to(home) for home in allowed)
 
 
 def _header(path: Path) -> dict[str, Stored]:

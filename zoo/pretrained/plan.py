@@ -69,7 +69,7 @@ def make_plan(config: dict[str, Any], max_length: int, keys: frozenset[str]) -> 
     try:
         cfg, more = kind.config(options, max_length)
         problems += more
-    except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
+    except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError) as error:
         # Where an option is wrong already, what follows from it is not worth a line.
         return None, problems or [f"options do not fit together: {error}"]
     template = jax.eval_shape(lambda: lm.init(jax.random.key(0), cfg))
