@@ -28,7 +28,7 @@ from experiments.tasks.recall import RecallData
 from zoo import lm, registry
 
 TABLE = Path(__file__).parent / "results" / "scale"
-DEVICES, STEPS, RATE, ALLOWED = 8, 50, 3e-3, 1e-5
+DEVICES, STEPS, RATE, EPS, ALLOWED = 8, 50, 3e-3, 1e-3, 1e-5
 MESHES = {
     "data=2": Mesh(data=2),
     "fsdp=2": Mesh(fsdp=2),
@@ -40,8 +40,8 @@ FLAGS = f"--xla_force_host_platform_device_count={DEVICES} --xla_backend_optimiz
 NOTE = """\
 Relative difference of the training loss after {steps} steps to that on one device, for every layer and mesh:
 {devices} simulated devices on a CPU, float32, one block of width 32 without an MLP, recall over 32 tokens,
-8 sequences a step, AdamW at a learning rate of {rate:g}, low enough that rounding does not grow from step to
-step. `first` and `last` are the losses on one device. More than {allowed:g} is a fault; an empty cell was not
+8 sequences a step, AdamW with eps {eps:g} at a learning rate of {rate:g}: so low, and so much, that rounding
+does not grow from step to step. `first` and `last` are the losses on one device. More than {allowed:g} is a fault; an empty cell was not
 run."""
 
 
@@ -50,9 +50,8 @@ def run_of(layer: str, mesh: Mesh = ONE_DEVICE) -> Run:
     pattern = (registry.config(layer, 32),)
     model = lm.Config(vocab_size=64, width=32, depth=1, pattern=pattern, mlp="none", remat=False)
     data = RecallData(vocab_size=64, length=32, pairs=4)
-    return Run(
-        model=model, data=data, steps=STEPS, batch_size=8, optimizer=Optimizer(lr=RATE, eps=1e-3), mesh=mesh
-    )
+    rates = Optimizer(lr=RATE, eps=EPS)
+    return Run(model=model, data=data, steps=STEPS, batch_size=8, optimizer=rates, mesh=mesh)
 
 
 def losses_on(run: Run, state: Any) -> list[float]:
@@ -91,7 +90,7 @@ def _write(rows: list[dict[str, Any]]) -> None:
     columns = ("layer", "first", "last", *MESHES)
     known = [before.get(name, {}) | names.get(name, {}) for name in registry.LAYERS if name in before | names]
     head = f"`python -m experiments.scale_check --write`, jax {jax.__version__}, {datetime.date.today()}."
-    note = NOTE.format(steps=STEPS, devices=DEVICES, rate=RATE, allowed=ALLOWED).replace("\n", " ")
+    note = NOTE.format(steps=STEPS, devices=DEVICES, rate=RATE, eps=EPS, allowed=ALLOWED).replace("\n", " ")
     timing.write([{key: made.get(key) for key in columns} for made in known], TABLE, [head, note])
 
 

@@ -390,7 +390,8 @@ def along_time(name):
 
     def shard(params, x, state, ids):
         with sequence.along(axis):
-            y, state, _ = shards.apply(ROWS[name], params, x, state, segment_ids=ids)
+            run = functools.partial(registry.module(ROWS[name]).apply, params, ROWS[name])
+            y, state, _ = shards.apply(run, ROWS[name], x, state, segment_ids=ids)
         return y, axis.of_last(state)
 
     specs = {"in_specs": (whole, cut, whole, cut), "out_specs": (cut, whole)}
