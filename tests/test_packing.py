@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experiments import step
+from experiments import step as training_step
 from experiments.config import Run
 from experiments.curriculum import Curriculum
 from experiments.packing import best_fit
@@ -198,11 +198,11 @@ def test_a_run_goes_on_in_the_middle_of_a_stage_or_an_epoch(path, tmp_path, floa
     vocabulary = data.build().vocab_size
     model = lm.Config(vocab_size=vocabulary, width=8, depth=1, pattern=("min_gru",), mlp="none", remat=False)
     run = Run(model=model, data=data, steps=9, batch_size=3, log_every=1, eval_batches=1, prefetch=0)
-    step._shared.cache_clear()  # programs are of all runs of one shape, whatever their data
+    training_step._shared.cache_clear()  # programs are of all runs of one shape, whatever their data
     straight = train(run, tmp_path / "straight", progress=False)
     ahead = replace(run, prefetch=3)
     for until in (4, 7, 9):
         parts = train(ahead, tmp_path / "parts", progress=False, until=until)
     assert untimed(parts.rows) == untimed(straight.rows)
     jax.tree.map(np.testing.assert_array_equal, parts.params, straight.params)
-    assert len(step.programs(run).step.made) == {"curriculum": 3, "best_fit": 1}[kind]
+    assert len(training_step.programs(run).step.made) == {"curriculum": 3, "best_fit": 1}[kind]
