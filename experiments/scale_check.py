@@ -38,11 +38,11 @@ MESHES = {
 }
 FLAGS = f"--xla_force_host_platform_device_count={DEVICES} --xla_backend_optimization_level=0"
 NOTE = """\
-Relative difference of the training loss after {steps} steps to that on one device, for every layer and mesh:
-{devices} simulated devices on a CPU, float32, one block of width 32 without an MLP, recall over 32 tokens,
-8 sequences a step, AdamW with eps {eps:g} at a learning rate of {rate:g}: so low, and so much, that rounding
-does not grow from step to step. `first` and `last` are the losses on one device. More than {allowed:g} is a fault; an empty cell was not
-run."""
+Relative difference of the training loss after {steps} steps to that on one device, for every layer and
+mesh: {devices} simulated devices on a CPU, float32, one block of width 32 without an MLP, recall over 32
+tokens, 8 sequences a step, AdamW with eps {eps:g} at a learning rate of {rate:g}: so low, and so much, that
+rounding does not grow from step to step. `first` and `last` are the losses on one device. More than
+{allowed:g} is a fault; an empty cell was not run."""
 
 
 def run_of(layer: str, mesh: Mesh = ONE_DEVICE) -> Run:
