@@ -7,7 +7,7 @@ ZOO = .venv/bin/zoo
 READY = .venv/.ready
 COMPILERS = .venv/compilers
 
-.PHONY: quickstart test test-deep test-all lint bench compile-kernels pins clean
+.PHONY: quickstart test test-deep test-devices test-all lint bench compile-kernels pins clean
 
 quickstart: $(READY)  ## train five families and attention on one task, and put them side by side
 	$(ZOO) compare quickstart
@@ -16,9 +16,12 @@ test: $(READY)  ## the tests of every round of work
 	.venv/bin/python -m pytest -n 2 -m "not deep"
 
 test-deep: $(READY)  ## bfloat16, extreme gates, 65,536 tokens, sharding, resumed training; PART=1/3 for a third
-	.venv/bin/python -m pytest -n 2 -m deep $(if $(PART),--part $(PART))
+	.venv/bin/python -m pytest -n 2 -m "deep and not devices" $(if $(PART),--part $(PART))
 
-test-all: test test-deep  ## the whole test suite
+test-devices: $(READY)  ## every layer over simulated devices, training on meshes and by several processes
+	.venv/bin/python -m pytest -n 2 -m devices $(if $(PART),--part $(PART))
+
+test-all: test test-deep test-devices  ## the whole test suite
 
 lint: $(READY)  ## style, formatting, types
 	.venv/bin/ruff check .

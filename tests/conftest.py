@@ -88,8 +88,17 @@ def part_of(text):
     return int(found[1]), int(found[2])
 
 
+def over_devices(item):
+    """Whether a test is one of those that compile for many devices, or start many processes."""
+    return item.path.name in ("test_scale.py", "test_sequence.py") or "over_devices" in item.name
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m looks at the marks
 def pytest_collection_modifyitems(config, items):
     """Row by row, so that the tests of a row share what is compiled for it; whole rows make a part."""
+    for item in items:
+        if item.get_closest_marker("deep") and over_devices(item):
+            item.add_marker("devices")
     if config.getoption("part"):
         number, parts = part_of(config.getoption("part"))
         apart = {item: zlib.crc32(row_of(item.nodeid).encode()) % parts + 1 == number for item in items}
