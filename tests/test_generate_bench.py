@@ -3,7 +3,6 @@
 import ast
 import csv
 import dataclasses
-import json
 import sys
 
 import pytest
@@ -118,7 +117,11 @@ def test_sides_that_take_too_long_are_ended(monkeypatch, capsys):
 
 
 def test_the_answers_are_json():
-    side = Side([sys.executable, "-c", f"print({json.dumps(json.dumps({'memory': 1}))}); input(); print(2)"])
-    side.hear()
-    assert side.said("memory") == []  # which nobody asked for in this row
+    """What a side says of itself counts in every row that it brings to its end."""
+    script = 'print("""{"about": 3}"""); input(); print("""{"memory": 1}""")'
+    side = Side([sys.executable, "-c", script])
+    side.begin()
+    assert side.said("about") == side.said("memory") == []
+    side.ask()
+    assert (side.said("about"), side.said("memory")) == ([3], [1])
     side.end()
