@@ -16,7 +16,7 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +28,7 @@ from experiments.compile_kernels import ENVIRONMENT
 from experiments.config import Run
 from experiments.kernel_targets import TARGETS, Target
 from experiments.mesh import Mesh
-from experiments.step import Programs
+from experiments.step import NoData, Programs
 from zoo import lm, presets
 
 TABLE = Path(__file__).parent / "results" / "plan"
@@ -43,14 +43,6 @@ algorithms, over all collectives of the compiled program, each as often as its l
 3 x forward FLOPs / peak, the third being the recomputation. `memory_ms` = (2 x state + 2 x temporaries + 3 x
 weights in bf16) / bandwidth. `link_ms` = collective bytes / link bandwidth. `best_ms` is the largest of the
 three (all overlapped), `worst_ms` their sum (nothing overlapped)."""
-
-
-@dataclass(frozen=True)
-class Sequences:
-    """Stands where a run has its data: a plan has none."""
-
-    def build(self) -> Any:
-        raise ValueError("a plan has no data")
 
 
 class Machine(NamedTuple):
@@ -87,7 +79,7 @@ def row(name: str, where: str) -> dict[str, Any]:
     """Compile a preset for a machine, and say what that tells."""
     machine, model = MACHINES[where], presets.model(name)
     rows = machine.mesh.devices
-    run = Run(model=model, data=Sequences(), batch_size=rows, compute_dtype="bfloat16", mesh=machine.mesh)
+    run = Run(model=model, data=NoData(), batch_size=rows, compute_dtype="bfloat16", mesh=machine.mesh)
     programs = Programs(run, machine.devices())
     start = time.perf_counter()
     program = programs.step.lower(*structs(programs, rows)).compile()

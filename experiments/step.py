@@ -205,11 +205,10 @@ class Programs:
 
 
 @dataclass(frozen=True)
-class _AnyData:
-    """In the place of data, which no program depends on."""
+class NoData:
+    """In the place of data, which no program depends on: there is nothing to build."""
 
-    def build(self):
-        raise NotImplementedError
+    build: None = None
 
 
 SHAPING = ("schedule", "beta1", "beta2", "eps", "clip_norm")  # what a program has of an optimizer
@@ -242,4 +241,4 @@ def programs(run: Run) -> Programs:
     Runs that differ in their seed, length, data or the numbers of their optimizer share them.
     """
     optimizer = Optimizer(**_fields(run.optimizer, SHAPING))
-    return _shared(Run(data=_AnyData(), optimizer=optimizer, **_fields(run, FIELDS)))
+    return _shared(Run(data=NoData(), optimizer=optimizer, **_fields(run, FIELDS)))
