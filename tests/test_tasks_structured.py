@@ -24,7 +24,7 @@ from experiments.tasks.mad_recall import MadRecallData, first_places
 from experiments.tasks.pathfinder import PathfinderData
 from experiments.train import train
 from layers.common import rms_norm
-from zoo import autoencoder, classifier, lm
+from zoo import autoencoder, classifier, lm, trunk
 
 TRUNK = {"width": 8, "depth": 1, "pattern": ("linear_attention",), "mlp": "none"}
 

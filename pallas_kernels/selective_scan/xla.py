@@ -8,9 +8,11 @@ u_t = dt_t x_t and the decayed state p_t = e_t h_{t-1},
     du_t = sum_n b_t l_t,   db_t = sum_d u_t l_t,       dc_t = sum_d h_t dy_t,
     dx_t = dt_t du_t,       ddt_t = x_t du_t + sum_n a l_t p_t,       da = sum_t dt_t l_t p_t.
 
-The forward pass keeps the states at chunk starts; the backward pass recomputes e and p inside a chunk and
-does all sums over its tokens at once. Nothing is divided, and e <= 1: nothing overflows.
+The forward pass keeps the states at chunk starts; the backward pass recomputes p inside a chunk, then goes
+through its tokens in reverse. Nothing is divided, and e <= 1: nothing overflows.
 """
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +20,7 @@ from jax import Array
 
 from pallas_kernels.chunks import chunk_length, join_time, masked_exp, segment_starts, split_time
 
-# 2 CPU cores: the backward pass slows down where a chunk's states (its three temporaries) leave the cache.
+# 2 CPU cores: the backward pass slows down where a chunk's states leave the cache.
 CHUNK_STATES = 1 << 19
 LARGEST, SMALLEST = 64, 16
 
@@ -61,48 +63,50 @@ def _scan_fwd(x, dt, a, b, c, state, start):
     return (y, state), (x, dt, a, b, c, start, states)
 
 
-def _decayed_states(e, b, u, state):
+def _decayed_states(x, dt, a, b, state, start):
     """p_t for the tokens of one chunk, `[C,B,N,D]`."""
 
     def token(h, inputs):
-        e, b, u = inputs
-        p = e * h
-        return p + _outer(b, u), p
+        x, dt, b, start = inputs
+        p = _decay(dt, a, start) * h
+        return p + _outer(b, dt * x), p
 
-    return jax.lax.scan(token, state, (e, b, u))[1]
+    return jax.lax.scan(token, state, (x, dt, b, start))[1]
 
 
-def _adjoint_states(e, c, dy, adjoint):
-    """l_t for the tokens of one chunk, and the adjoint of the state that entered it."""
+def _chunk_bwd(carry, inputs, a):
+    """The adjoint of the state that enters a chunk and da with the chunk's part; the chunk's other gradients.
+
+    Each token's sums are taken while its adjoint is at hand: only p is kept for a whole chunk, in the cache.
+    """
+    adjoint, da = carry
+    *inputs, state = inputs
+    x, dt, b, _, start, _ = inputs
+    p = _decayed_states(x, dt, a, b, state, start)
 
     def token(carry, inputs):
-        e, c, dy = inputs
-        l = carry + _outer(c, dy)
-        return e * l, l
+        adjoint, da = carry
+        x, dt, b, c, start, dy, p = inputs
+        u, l = dt * x, adjoint + _outer(c, dy)
+        through_decay = l * p
+        du = jnp.sum(l * b[..., None], -2)
+        ddt = x * du + jnp.sum(through_decay * a, -2)
+        db = jnp.sum(l * u[..., None, :], -1)
+        dc = jnp.sum(p * dy[..., None, :], -1) + b * jnp.sum(u * dy, -1, keepdims=True)
+        da = da + jnp.sum(through_decay * dt[..., None, :], 0)
+        return (_decay(dt, a, start) * l, da), (dt * du, ddt, db, dc)
 
-    return jax.lax.scan(token, adjoint, (e, c, dy), reverse=True)
+    begin = (adjoint, jnp.zeros_like(da))
+    (adjoint, part), gradients = jax.lax.scan(token, begin, (*inputs, p), reverse=True)
+    return (adjoint, da + part), gradients
 
 
 def _scan_bwd(saved, cotangents):
     x, dt, a, b, c, start, states = saved
     dy, adjoint = cotangents
-
-    def chunk(carry, inputs):
-        adjoint, da = carry
-        x, dt, b, c, start, state, dy = inputs
-        e, u = _decay(dt, a, start), dt * x
-        p = _decayed_states(e, b, u, state)
-        adjoint, l = _adjoint_states(e, c, dy, adjoint)
-        db = jnp.einsum("tbnd,tbd->tbn", l, u)
-        dc = jnp.einsum("tbnd,tbd->tbn", p, dy) + b * jnp.sum(u * dy, -1, keepdims=True)
-        du = jnp.einsum("tbnd,tbn->tbd", l, b)
-        through_decay = l * p
-        da = da + jnp.sum(through_decay * dt[..., None, :], (0, 1))
-        ddt = x * du + jnp.sum(through_decay * a, -2)
-        return (adjoint, da), (dt * du, ddt, db, dc)
-
-    inputs = (x, dt, b, c, start, states, dy)
+    inputs = (x, dt, b, c, start, dy, states)
     carry = (adjoint, jnp.zeros_like(a))
+    chunk = partial(_chunk_bwd, a=a)
     (dstate, da), (dx, ddt, db, dc) = jax.lax.scan(chunk, carry, inputs, reverse=True)
     return dx, ddt, da, db, dc, dstate, None
 
