@@ -20,7 +20,7 @@ from zoo import lm, registry
 LENGTH, ROWS = 128, 8
 CORPORA = {
     "lexicon": (LexiconData(length=LENGTH, eval_examples=1_000), 32),
-    "python": (TextData(length=LENGTH, eval_limit=20), 256),
+    "python": (TextData(length=LENGTH, eval_limit=20), 257),
 }
 LAYERS = {
     "attention": {"heads": 2, "max_length": LENGTH},
