@@ -6,6 +6,9 @@ a head that is the transposed embedding may be transposed anew for every token. 
 an array of its own for a text, and models of up to `MOST` blocks are laid out apart: each block with its own
 arrays, one after the other in the program. That takes the memory of the parameters once more, and time to
 compile for every block. Models on other devices stay as they are.
+
+A loop that writes carries states without the axis of a stack of one: with it, XLA on a CPU does not update
+the keys and values of attention in place, but goes over all of them some six times a token.
 """
 
 import dataclasses
@@ -52,6 +55,22 @@ def stacked(cfg: lm.Config, tree: list[list[Any]]) -> list[list[Any]]:
         places = [here[place :: len(blocks)] for place in range(len(blocks))]
         groups.append([jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *place) for place in places])
     return groups
+
+
+def bare(cfg: lm.Config, state: list[Any]) -> list[Any]:
+    """`state` without the stacking axis of blocks that stand once."""
+    return [
+        jax.tree.map(lambda leaf: leaf[0], group) if repeats == 1 else group
+        for (_, repeats), group in zip(cfg.block_groups, state, strict=True)
+    ]
+
+
+def dressed(cfg: lm.Config, state: list[Any]) -> list[Any]:
+    """What was `bare`, as it was."""
+    return [
+        jax.tree.map(lambda leaf: leaf[None], group) if repeats == 1 else group
+        for (_, repeats), group in zip(cfg.block_groups, state, strict=True)
+    ]
 
 
 @partial(jax.jit, static_argnames=("cfg", "to"))

@@ -43,14 +43,18 @@ class _Carry(NamedTuple):
 
 
 def _advance(params, cfg: lm.Config, session: Session, token: Array, active: Array, keep: bool, dtype):
-    """After one more token in every `active` row; the others stay if `keep`, else they come to nothing."""
-    logits, state = lm.step(params, cfg, token, session.state, dtype=dtype)
+    """After one more token in every `active` row; the others stay if `keep`, else they come to nothing.
+
+    The state of `session` is bare (see `layout`).
+    """
+    old = layout.dressed(cfg, session.state)
+    logits, state = lm.step(params, cfg, token, old, dtype=dtype)
     if keep:
-        state = choose(active, state, session.state)
+        state = choose(active, state, old)
         logits = jnp.where(active[:, None], logits, session.logits)
     here = jnp.arange(token.shape[0])
     return Session(
-        state=state,
+        state=layout.bare(cfg, state),
         logits=logits.astype(session.logits.dtype),
         seen=session.seen.at[here, token].max(active),
         length=session.length + active,
@@ -66,8 +70,9 @@ def _write(
     `params` are those of `cfg`, the state in `session` that of `stacked`, which may be laid out otherwise.
     """
     sampler = draw or settings
-    if not layout.alike(cfg, stacked):
-        session = dataclasses.replace(session, state=layout.unstacked(stacked, session.state))
+    alike, state = layout.alike(cfg, stacked), session.state
+    state = state if alike else layout.unstacked(stacked, state)
+    session = dataclasses.replace(session, state=layout.bare(cfg, state))
 
     def live(carry: _Carry) -> Array:
         return (carry.time < left) & ~carry.chunk.stopped
@@ -91,11 +96,9 @@ def _write(
     done = jax.lax.while_loop(
         lambda carry: jnp.any(live(carry)), body, _Carry(jnp.zeros((), jnp.int32), first)
     )
-    chunk = done.chunk
-    if not layout.alike(cfg, stacked):
-        state = layout.stacked(stacked, chunk.session.state)
-        chunk = chunk._replace(session=dataclasses.replace(chunk.session, state=state))
-    return chunk
+    session, state = done.chunk.session, layout.dressed(cfg, done.chunk.session.state)
+    state = state if alike else layout.stacked(stacked, state)
+    return done.chunk._replace(session=dataclasses.replace(session, state=state))
 
 
 def write(
