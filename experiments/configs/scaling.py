@@ -4,7 +4,7 @@
     zoo fit runs/scaling --by layer --where corpus=lexicon --report runs/scaling/lexicon
     zoo fit runs/scaling --by layer --where corpus=python --report runs/scaling/python
 
-Two blocks of width 16 to 64 with SwiGLU, 7,000 to 110,000 parameters, see 0.25 to 2 million tokens once, in
+Two blocks of width 16 to 64 with SwiGLU, 7,000 to 110,000 parameters, see 0.13 to 1 million tokens once, in
 batches of 8 rows of 128. The learning rate falls with the square root of the width; the schedule of every run
 ends with its own tokens. "lexicon" is made of words of known entropy (`experiments.tasks.lexicon`), so that a
 fitted E can be held against the truth; "python" is the standard library of the running Python, in bytes.
@@ -31,7 +31,7 @@ LAYERS = {
     "min_gru": {},
 }
 WIDTHS = (16, 24, 32, 48, 64)
-BUDGETS = (2**18, 2**19, 2**20, 2**21)  # tokens
+BUDGETS = (2**17, 2**18, 2**19, 2**20)  # tokens
 
 
 def run(corpus: str, layer: str, width: int, token_budget: int) -> Run:
