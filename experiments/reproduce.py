@@ -9,6 +9,7 @@ one comparison, MORE beside `config` has the others by name, all labels differen
 models of all of them. Each comparison has a folder of its name, and goes on where it stopped.
 """
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -86,14 +87,19 @@ def finding(name: str) -> tuple[dict[str, Comparison], tuple[Claim, ...]]:
     return {name: module.config, **getattr(module, "MORE", {})}, module.CLAIMS
 
 
+def _worked() -> float:
+    """Minutes that cores have worked for this process and for those of its workers that are done."""
+    return sum(os.times()[:4]) / 60
+
+
 def _rows(name: str, home: Path, workers: int | None) -> list[dict]:
     """Train what is missing of a finding; a row for each of its claims, printed as well."""
     comparisons, claims = finding(name)
     arms: Arms = {}
-    start = time.perf_counter()
+    start, worked = time.perf_counter(), _worked()
     for each, comparison in comparisons.items():
         arms |= compare(comparison, home / each, workers=workers)
-    minutes = (time.perf_counter() - start) / 60
+    minutes, worked = (time.perf_counter() - start) / 60, _worked() - worked
     rows = []
     for claim in claims:
         value = claim.figure(arms)
@@ -106,6 +112,7 @@ def _rows(name: str, home: Path, workers: int | None) -> list[dict]:
                 "holds": "yes" if claim.holds(value) else "no",
                 "seeds": len(comparisons[name].seeds),
                 "minutes": f"{minutes:.1f}",
+                "core_minutes": f"{worked:.1f}",
             }
         )
         print(f"{claim.text}: {value:.3f}, {claim.wanted()}: {rows[-1]['holds']}", flush=True)
@@ -122,13 +129,14 @@ def reproduce(tier: str, home: Path, *, only: str | None = None, workers: int | 
     require(
         only is None or only in names, f"no finding {only!r} in tier {tier}; choose from {', '.join(names)}"
     )
-    began = time.perf_counter()
+    began, worked = time.perf_counter(), _worked()
     rows = [row for name in (names if only is None else (only,)) for row in _rows(name, home, workers)]
     write_rows(rows, home / f"reproduce_{tier}.csv")
     total = (time.perf_counter() - began) / 60
     note = (
         f"`zoo reproduce {tier}`: {sum(row['holds'] == 'yes' for row in rows)} of {len(rows)} claims hold. "
-        f"{total:.0f} minutes (of this call: what was there already was not trained again). "
+        f"{total:.0f} minutes and {_worked() - worked:.0f} minutes of cores' work (of this call: what was "
+        f"there already was not trained again). "
         f"{timing.machine()}."
     )
     (home / f"reproduce_{tier}.md").write_text(timing.markdown(rows, note))
