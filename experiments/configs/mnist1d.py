@@ -25,7 +25,7 @@ def run(name: str, shuffled: bool = False, **settings) -> Run:
     )
     optimizer = Optimizer(lr=2e-3, warmup_steps=100, weight_decay=0.1)
     data = dataclasses.replace(DATA, shuffled=shuffled)
-    return Run(model=model, data=data, optimizer=optimizer, steps=2000, batch_size=64, log_every=20)
+    return Run(model=model, data=data, optimizer=optimizer, steps=1000, batch_size=64, log_every=20)
 
 
 config = Comparison(

@@ -22,8 +22,8 @@ def run(name: str, **settings) -> Run:
     layer = registry.config(name, WIDTH, **settings)
     source = DATA.build()
     model = lm.Config(vocab_size=source.vocab_size, width=WIDTH, depth=2, pattern=(layer,), remat=False)
-    optimizer = Optimizer(lr=5e-3, warmup_steps=50, weight_decay=0.01)
-    return Run(model=model, data=DATA, optimizer=optimizer, steps=3000, batch_size=64, log_every=20)
+    optimizer = Optimizer(lr=1e-2, warmup_steps=50, weight_decay=0.0)
+    return Run(model=model, data=DATA, optimizer=optimizer, steps=2000, batch_size=64, log_every=20)
 
 
 config = Comparison(
