@@ -26,15 +26,12 @@ transformers' (`experiments/bench_generate.py`).
 
 Results: a CSV and a Markdown table.
 
-XLA asks for its temporary memory anew at every call. Beyond 32 MiB the C library maps it and gives it back,
-page by page, which costs long sequences a fifth of their time on a CPU; so the script starts itself again
-with glibc told to keep what it has (`TUNABLES`). The same variable serves long training runs on a CPU.
+The script starts itself again with glibc told to keep freed memory (`experiments.freed_memory`).
 """
 
 import argparse
 import dataclasses
 import os
-import platform
 import sys
 from collections.abc import Iterable
 from functools import partial
@@ -44,7 +41,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from experiments import bench_generate, bench_kernels, bench_peers
+from experiments import bench_generate, bench_kernels, bench_peers, freed_memory
 from experiments.flops import peak_flops
 from experiments.kernel_cases import VARIANTS
 from experiments.kernel_rows import ATTENTION
@@ -62,10 +59,6 @@ from experiments.timing import (
 from zoo import pieces, registry
 
 RESULTS = Path(__file__).parent / "results"
-TUNABLES = (
-    "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=68719476736"
-    ":glibc.malloc.top_pad=268435456:glibc.malloc.hugetlb=1"
-)
 LENGTHS = (1024, 4096, 16384, 65536)
 NAIVE_LENGTH, MEMORY_LENGTH, PIECE = 1024, 16384, 1024
 WIDTH, BATCH = 128, 1
@@ -173,12 +166,6 @@ def bench_layer(name: str, cfg: Any, lengths: tuple[int, ...]) -> list[dict]:
     return rows
 
 
-def keep_freed_memory() -> None:
-    """Start this process again under `TUNABLES`, unless it is or somebody chose others."""
-    if "GLIBC_TUNABLES" not in os.environ and platform.libc_ver()[0] == "glibc":
-        os.execve(sys.executable, sys.orig_argv, os.environ | {"GLIBC_TUNABLES": TUNABLES})
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m experiments.bench", description=__doc__.split("\n")[0])
     parser.add_argument("what", choices=["layers", "peers", "kernels", "generate"])
@@ -280,5 +267,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    keep_freed_memory()
+    freed_memory.keep()
     sys.exit(main())

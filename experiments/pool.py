@@ -8,6 +8,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from experiments import freed_memory
 from experiments.worker import MORE, STOPPED
 
 # numpy starts a thread for every core of the machine, whatever cores the worker is kept to.
@@ -72,7 +73,7 @@ class Pool:
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
-                env=ONE_THREAD | os.environ | self._environments[number],
+                env=ONE_THREAD | freed_memory.environment() | os.environ | self._environments[number],
                 start_new_session=True,  # a Ctrl-C reaches this process alone, which passes it on once
             )
         return _Worker(cores, process, time.monotonic())
