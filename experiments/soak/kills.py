@@ -29,10 +29,10 @@ def untimed(home: Path) -> list[dict]:
 
 
 def arrays(home: Path) -> dict[str, str]:
-    """SHA-256 of every array of the newest checkpoint, as its manifest has them."""
+    """The digest of every array of the newest checkpoint, as its manifest has them."""
     newest = home / "checkpoints" / f"step_{checkpoint.steps(home / 'checkpoints')[-1]:08d}"
     body = (newest / "manifest").read_bytes().rpartition(b"\n")[0]
-    return {name: about["sha256"] for name, about in json.loads(body)["leaves"].items()}
+    return {name: about["digest"] for name, about in json.loads(body)["leaves"].items()}
 
 
 @dataclass
