@@ -7,7 +7,7 @@ ZOO = .venv/bin/zoo
 READY = .venv/.ready
 COMPILERS = .venv/compilers
 
-.PHONY: quickstart test test-deep test-devices test-all lint bench compile-kernels pins clean
+.PHONY: quickstart test test-deep test-devices test-all lint bench site compile-kernels pins clean
 
 quickstart: $(READY)  ## train five families and attention on one task, and put them side by side
 	$(ZOO) compare quickstart
@@ -31,6 +31,9 @@ lint: $(READY)  ## style, formatting, types
 bench: $(READY)  ## speed and memory of every layer, written to experiments/results
 	.venv/bin/python -m experiments.bench layers
 
+site: $(READY)  ## the documentation, in runs/site: open runs/site/index.html
+	.venv/bin/python -m experiments.site
+
 compile-kernels: $(COMPILERS)/.ready  ## every kernel through the compilers of TPUs and GPUs, on the CPU
 	PYTHONPATH=$(COMPILERS) .venv/bin/python -m experiments.compile_kernels
 
@@ -51,7 +54,7 @@ PIN = pip-compile --quiet --upgrade --generate-hashes --allow-unsafe --strip-ext
 	--no-emit-index-url --no-emit-find-links --no-emit-trusted-host
 
 pins:  ## renew constraints.txt from pyproject.toml, and the compilers of that jax (needs pip-tools)
-	$(PIN) --extra test --extra lint --extra ray --extra digits --extra notebooks \
+	$(PIN) --extra test --extra lint --extra ray --extra digits --extra notebooks --extra site \
 		--build-deps-for editable --output-file constraints.txt pyproject.toml
 	jax=$$(sed -n 's/^jax==\([^ ]*\).*/\1/p' constraints.txt) && printf '%s\n' \
 		'libtpu==0.0.50.*' jax-cuda13-plugin==$$jax jax-cuda13-pjrt==$$jax \
