@@ -4,6 +4,7 @@ import dataclasses
 import html.parser
 import importlib
 import inspect
+import itertools
 import pathlib
 import re
 import shutil
@@ -78,30 +79,25 @@ def test_drawings_that_are_none_are_refused(text):
         layout.parse(text)
 
 
+def apart(one, other):
+    return abs(one.x - other.x) > one.half + other.half or abs(one.y - other.y) > one.tall + other.tall
+
+
 @pytest.mark.parametrize("module", WITH_PAGE)
 def test_nothing_overlaps_in_a_drawing(module):
     """Boxes stand apart, wide enough for their texts; arrows run where no box is."""
     graph = layout.parse(about(module).drawing)
     boxes, width, height = drawing.place(graph)
+    for (name, one), (_, other) in itertools.combinations(boxes.items(), 2):
+        assert apart(one, other), name
     for name, box in boxes.items():
-        node = graph.nodes[name]
-        if node.kind != "operator":
-            assert 2 * box.half > max(map(drawing.width_of, drawing.lines_of(node.label)))
+        lines = drawing.lines_of(graph.nodes[name].label)
+        assert graph.nodes[name].kind == "operator" or 2 * box.half > max(map(drawing.width_of, lines))
         assert box.half <= box.x + 1e-9 and box.x + box.half <= width + 1e-9 and 0 <= box.y <= height
-        for other, beside in boxes.items():
-            apart = (
-                abs(box.x - beside.x) > box.half + beside.half
-                or abs(box.y - beside.y) > box.tall + beside.tall
-            )
-            assert other == name or apart, (name, other)
     taken = {(node.column, node.lane) for node in graph.nodes.values()}
-    for start, end in graph.edges:
-        one, other = graph.nodes[start], graph.nodes[end]
+    for one, other in ((graph.nodes[start], graph.nodes[end]) for start, end in graph.edges):
         lane = layout.lane_of_way(graph, one, other)
-        assert not any((column, lane) in taken for column in range(one.column + 1, other.column)), (
-            start,
-            end,
-        )
+        assert not {(column, lane) for column in range(one.column + 1, other.column)} & taken
 
 
 def test_the_picture_shows_the_past_alone_and_a_window_as_one(float32):
@@ -191,10 +187,8 @@ def for_weights(names):
 
 def compiled(text, monkeypatch):
     """The layers that `text` imports and models as programs: op by op they take several times as long."""
-    modules = [
-        importlib.import_module(f"layers.{name}") for name in re.findall(r"from layers import (\w+)", text)
-    ]
-    for module in [*dict.fromkeys(modules), lm]:
+    names = set(re.findall(r"from layers import (\w+)", text))
+    for module in [*(importlib.import_module(f"layers.{name}") for name in names), lm]:
         for function in (module.init, module.apply, module.step):
             flags = {"implementation", "dtype"} & set(inspect.signature(function).parameters)
             program = jax.jit(function, static_argnums=1, static_argnames=tuple(flags))
@@ -245,18 +239,12 @@ class Loads(html.parser.HTMLParser):
 def test_the_site_is_built_strictly_and_asks_nothing_of_the_net(tmp_path):
     pytest.importorskip("mkdocs")
     folder = tmp_path / "site"
-    done = subprocess.run(
-        [sys.executable, "-m", "experiments.site", str(folder)], cwd=ROOT, capture_output=True, text=True
-    )
+    command = [sys.executable, "-m", "experiments.site", folder]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    built = list(folder.rglob("*.html"))
     assert {path.stem for path in folder.glob("architectures/*.html")} == {"index", *MODULES}
-    for path in built:
+    for path in folder.rglob("*.html"):
         outside = [found for found in Loads(path.read_text()).found if re.match(r"(https?:)?//", found or "")]
         assert not outside, (path, outside)
-    styles = [
-        path
-        for path in folder.rglob("*.css")
-        if re.search(r"(url\(|@import )\W?(https?:)?//", path.read_text())
-    ]
-    assert not styles
+    for path in folder.rglob("*.css"):
+        assert not re.search(r"(url\(|@import )\W?(https?:)?//", path.read_text()), path

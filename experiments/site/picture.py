@@ -69,6 +69,8 @@ def svg(name: str, text: str, kept: Path) -> str:
     path = kept / f"{name}-{_digest(name, text)}.svg"
     if not path.exists():
         kept.mkdir(parents=True, exist_ok=True)
+        for old in kept.glob(f"{name}-*.svg"):
+            old.unlink()
         # Letters as outlines: no viewer's fonts can push a text out of its box.
         with rc_context({"svg.hashsalt": name, "svg.fonttype": "path"}):
             figure(name, text).savefig(path, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
