@@ -210,13 +210,13 @@ def attempts(home):
 
 
 def ended(process):
-    output, _ = process.communicate(timeout=170)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     return output
 
 
 @pytest.mark.deep
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(700)
 def test_killed_workers_stopped_runners_and_two_at_once_make_the_same_table(tmp_path, start):
     ended(start("whole", "--workers=1"))
     home = tmp_path / "shared"
@@ -245,7 +245,7 @@ def test_killed_workers_stopped_runners_and_two_at_once_make_the_same_table(tmp_
 
 
 @pytest.mark.deep
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(700)
 def test_ray_makes_the_same_table(tmp_path, start):
     pytest.importorskip("ray")
     ended(start("local", "--workers=1"))
