@@ -1,9 +1,9 @@
 """The language model: embedding, blocks, norm, head. The same five verbs as a layer.
 
-    cfg = lm.Config(vocab_size=256, width=128, depth=4, pattern=("mamba", "mamba", "attention"))
-    params = lm.init(key, cfg)
-    logits, state, aux = lm.apply(params, cfg, tokens)          # [B,T] -> [B,T,vocab]
-    logits, state = lm.step(params, cfg, token, state)          # [B]   -> [B,vocab]
+cfg = lm.Config(vocab_size=256, width=128, depth=4, pattern=("mamba", "mamba", "attention"))
+params = lm.init(key, cfg)
+logits, state, aux = lm.apply(params, cfg, tokens)          # [B,T] -> [B,T,vocab]
+logits, state = lm.step(params, cfg, token, state)          # [B]   -> [B,vocab]
 """
 
 from dataclasses import dataclass
