@@ -1,6 +1,6 @@
 """Published findings, trained again and held against what was claimed.
 
-    zoo reproduce cpu       within an hour on two cores
+    zoo reproduce cpu       about an hour on two cores, by estimate
     zoo reproduce gpu       within a day on one H200; --only FINDING for one of them
 
 A finding is a config among `experiments/configs` with CLAIMS beside its `config`: figures that should come

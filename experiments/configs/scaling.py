@@ -15,12 +15,13 @@ from experiments.grid import axis, product
 from experiments.sweep import Sweep
 from experiments.tasks.lexicon import LexiconData
 from experiments.text import TextData
+from experiments.tokenizer import ByteTokenizer
 from zoo import lm, registry
 
 LENGTH, ROWS = 128, 8
-CORPORA = {
+CORPORA = {  # data, and their vocabulary
     "lexicon": (LexiconData(length=LENGTH, eval_examples=1_000), 32),
-    "python": (TextData(length=LENGTH, eval_limit=20), 257),
+    "python": (TextData(length=LENGTH, eval_limit=20), ByteTokenizer().vocab_size),
 }
 LAYERS = {
     "attention": {"heads": 2, "max_length": LENGTH},
